@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The table of instruction sets and the choice among them. Run-time values become types in the
+// isa_*.cpp it points at, nowhere else.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace ring_attention::cpu {
+namespace {
+
+bool always() { return true; }
+
+constexpr Isa kIsas[] = {
+    {"scalar", scalar::supported, always, scalar::forward, scalar::backward, scalar::peak_flops},
+};
+
+const Isa& choose() {
+  const char* variable = std::getenv("RING_ATTENTION_CPU");
+  const std::string wanted = variable == nullptr ? "" : variable;
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (!isa.supported()) continue;
+    if (wanted.empty() ? isa.recommended() : wanted == isa.name) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("ring_attention: expected RING_ATTENTION_CPU to be one of " + names +
+                              " (what this machine supports), got '" + wanted +
+                              "'; unset it to have the best one chosen");
+}
+
+}  // namespace
+
+std::span<const Isa> isas() { return kIsas; }
+
+const Isa& isa() {
+  static const Isa& chosen = choose();
+  return chosen;
+}
+
+}  // namespace ring_attention::cpu

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The portable row: any compiler target, all element types.
+#include "backward.inl"
+#include "forward.inl"
+#include "isa.h"
+#include "peak.inl"
+#include "problem.h"
+#include "simd_scalar.h"
+
+namespace ring_attention::cpu::scalar {
+
+bool supported() { return true; }
+
+void forward(const ForwardParams& params, const Parallel& parallel) {
+  visit_elements(params.dtype,
+                 [&]<typename E>(E) { Forward<ScalarArch<E>>::run(params, parallel); });
+}
+
+void backward(const BackwardParams& params, const Parallel& parallel) {
+  visit_elements(params.dtype,
+                 [&]<typename E>(E) { Backward<ScalarArch<E>>::run(params, parallel); });
+}
+
+double peak_flops(DType dtype, double seconds) {
+  double result = 0;
+  visit_elements(dtype, [&]<typename E>(E) { result = register_peak<ScalarArch<E>>(seconds); });
+  return result;
+}
+
+}  // namespace ring_attention::cpu::scalar

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The CPU kernels as the rest of the extension sees them: one table of instruction sets, each with
+// the same two kernels, and the small row-wise helpers that need none.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "../params.h"
+
+namespace ring_attention::cpu {
+
+// One row of the dispatch table.
+struct Isa {
+  const char* name;       // what RING_ATTENTION_CPU calls it
+  bool (*supported)();    // this machine can run it
+  bool (*recommended)();  // and nothing later in the table is faster where it is supported
+  void (*forward)(const ForwardParams& params, const Parallel& parallel);
+  void (*backward)(const BackwardParams& params, const Parallel& parallel);
+  // Floating point operations per second of a register-only loop of the instruction that this
+  // row's kernels multiply `dtype` with, run on the calling thread for `seconds`.
+  double (*peak_flops)(DType dtype, double seconds);
+};
+
+// All rows, best first, also those this machine does not support.
+std::span<const Isa> isas();
+
+// The row in use, chosen once: the one RING_ATTENTION_CPU names, else the first recommended one.
+// Throws std::invalid_argument where the variable names an unknown or unsupported row.
+const Isa& isa();
+
+// (acc, m, l) += (other_acc, other_m, other_l): joins two states of the same rows, see Note
+// [state]. acc [rows, v_head_dim], m and l [rows], all contiguous and of `state`'s dtype.
+void combine(DType state, int64_t rows, int64_t v_head_dim, void* acc, void* m, void* l,
+             const void* other_acc, const void* other_m, const void* other_l,
+             const Parallel& parallel);
+
+// (out, lse) from (acc, m, l), the last step of a forward.
+void finish(const ForwardParams& params, const Parallel& parallel);
+
+// delta = rowsum(out dout) - dlse, what the backward subtracts from dP.
+struct DeltaParams {
+  DType dtype = DType::kFloat32;  // of out and dout
+  int64_t batch = 0, heads = 0, q_len = 0, v_head_dim = 0;
+  const void* out = nullptr;  // [batch, heads, q_len, v_head_dim]
+  Strides out_stride;
+  const void* dout = nullptr;
+  Strides dout_stride;
+  const void* dlse = nullptr;  // [batch, heads, q_len], state dtype, contiguous; null = 0
+  void* delta = nullptr;       // [batch, heads, q_len], state dtype, contiguous
+};
+void delta(const DeltaParams& params, const Parallel& parallel);
+
+}  // namespace ring_attention::cpu

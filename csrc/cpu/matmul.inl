@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The one matrix product of the kernels, C (+)= A B, held in registers:
+//   for each tile of rows x lanes:  for k:  load the lanes of B, broadcast each row of A, multiply
+// A is read by broadcasts, so it needs no packing and may be strided either way; B's and C's lanes
+// are contiguous. Operands are in units: what one broadcast takes, an element or (for dot product
+// instructions) a pair of 16-bit elements that are neighbours in k.
+#pragma once
+
+namespace ring_attention::cpu {
+namespace {
+
+// A: element (i, k) at data[i * row + k * unit].
+template <typename Unit>
+struct Operand {
+  const Unit* data;
+  int64_t row, unit;
+
+  Operand at(int64_t i, int64_t k) const { return {data + i * row + k * unit, row, unit}; }
+};
+
+// C[kRows][kVecs * kLanes]; the tile's shape is all that is a type here.
+template <typename Arch, int kRows, int kVecs>
+RA_INLINE void multiply_tile(int64_t units, Operand<typename Arch::Unit> a,
+                             const typename Arch::Unit* b, int64_t b_row, typename Arch::State* c,
+                             int64_t c_row, bool accumulate) {
+  using V = typename Arch::V;
+  constexpr int kLanes = V::kLanes;
+  V sum[kRows][kVecs];
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = V::zero();
+  }
+  const typename Arch::Unit* left = a.data;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < units; ++k) {
+    V lanes[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) lanes[v] = Arch::load_lanes(b + v * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i) {
+      const V row = Arch::broadcast(left + i * a.row);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = Arch::multiply_add(row, lanes[v], sum[i][v]);
+    }
+    left += a.unit;
+    b += b_row;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      typename Arch::State* to = c + i * c_row + v * kLanes;
+      (accumulate ? sum[i][v] + V::load(to) : sum[i][v]).store(to);
+    }
+  }
+}
+
+// One column of tiles, kVecs vectors wide: as many rows at a time as fit, then the rest.
+template <typename Arch, int kRows, int kVecs>
+RA_INLINE void multiply_column(int64_t rows, int64_t units, Operand<typename Arch::Unit> a,
+                               const typename Arch::Unit* b, int64_t b_row, typename Arch::State* c,
+                               int64_t c_row, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    multiply_tile<Arch, kRows, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row,
+                                      accumulate);
+  }
+  if constexpr (kRows > 4) {
+    for (; i + 4 <= rows; i += 4) {
+      multiply_tile<Arch, 4, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
+    }
+  }
+  for (; i + 2 <= rows; i += 2) {
+    multiply_tile<Arch, 2, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
+  }
+  if (i < rows) {
+    multiply_tile<Arch, 1, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
+  }
+}
+
+// C[rows][width] (+)= A[rows][units] B[units][width]; width is a multiple of kLanes.
+template <typename Arch>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t width, int64_t units,
+                                        Operand<typename Arch::Unit> a,
+                                        const typename Arch::Unit* b, int64_t b_row,
+                                        typename Arch::State* c, int64_t c_row, bool accumulate) {
+  constexpr int kLanes = Arch::V::kLanes;
+  int64_t j = 0;
+  const auto column = [&]<int kRows, int kVecs>() {
+    for (; j + kVecs * kLanes <= width; j += kVecs * kLanes) {
+      multiply_column<Arch, kRows, kVecs>(rows, units, a, b + j, b_row, c + j, c_row, accumulate);
+    }
+  };
+  Arch::with_register_tiles(column);
+}
+
+}  // namespace
+}  // namespace ring_attention::cpu

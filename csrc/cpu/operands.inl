@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// From rows of tensors to the operands of multiply(). With rows X [n, dim]:
+//   copy_rows        X as A (or as B where a unit is one element): rows as they are, widened
+//   interleave_rows  X as B: units pair two neighbouring rows where a unit is a pair
+//   transpose_rows   X^T as B: lanes run along the rows
+//   columns          X^T as A
+// Rows come as pointers; a null pointer is a row of zeros.
+#pragma once
+
+#include "matmul.inl"
+
+namespace ring_attention::cpu {
+namespace {
+
+// One row of elements as units, zero padded to `units`.
+template <typename Arch>
+RA_INLINE void copy_row(const typename Arch::Elem* row, int64_t dim, int64_t units,
+                        typename Arch::Unit* to) {
+  if (row == nullptr) {
+    std::memset(to, 0, units * sizeof *to);
+  } else if constexpr (Arch::kPair == 1) {
+    constexpr int kLanes = Arch::V::kLanes;
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) Arch::V::load(row + d).store(to + d);
+    for (; d < dim; ++d) to[d] = widen(row[d]);
+    for (; d < units; ++d) to[d] = 0;
+  } else {
+    std::memcpy(to, row, dim * sizeof *row);
+    std::memset(to + dim / 2, 0, (units - dim / 2) * sizeof *to);
+  }
+}
+
+template <typename Arch>
+void copy_rows(const typename Arch::Elem* const* rows, int64_t count, int64_t dim, int64_t units,
+               typename Arch::Unit* to, int64_t to_row) {
+  for (int64_t j = 0; j < count; ++j) copy_row<Arch>(rows[j], dim, units, to + j * to_row);
+}
+
+// to [count / kPair][width]; count is a multiple of kPair.
+template <typename Arch>
+void interleave_rows(const typename Arch::Elem* const* rows, int64_t count, int64_t dim,
+                     int64_t width, typename Arch::Unit* to) {
+  if constexpr (Arch::kPair == 1) {
+    copy_rows<Arch>(rows, count, dim, width, to, width);
+  } else {
+    for (int64_t j = 0; j < count; j += 2, to += width) {
+      Arch::interleave(rows[j], rows[j + 1], dim, to);
+      std::memset(to + dim, 0, (width - dim) * sizeof *to);
+    }
+  }
+}
+
+// to [units][count], with room for units rounded up to kLanes; count is a multiple of kLanes.
+template <typename Arch>
+void transpose_rows(const typename Arch::Elem* const* rows, int64_t count, int64_t dim,
+                    int64_t units, typename Arch::Unit* to) {
+  using Unit = typename Arch::Unit;
+  constexpr int kLanes = Arch::V::kLanes;
+  alignas(64) Unit copy[kLanes * (kMaxHeadDim + 2 * kLanes)];
+  const int64_t padded = round_up(units, kLanes);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    copy_rows<Arch>(rows + j, kLanes, dim, padded, copy, padded);
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      Arch::transpose(copy + d, padded, to + d * count + j, count);
+    }
+  }
+}
+
+// out = factor row, rounded.
+template <typename Arch>
+void scale_row(const typename Arch::State* row, int64_t dim, typename Arch::State factor,
+               typename Arch::Elem* out) {
+  using V = typename Arch::V;
+  int64_t d = 0;
+  for (; d + V::kLanes <= dim; d += V::kLanes) {
+    (V::load(row + d) * V::set(factor)).store(out + d);
+  }
+  for (; d < dim; ++d) narrow(row[d] * factor, out[d]);
+}
+
+// to += factor row.
+template <typename V>
+void add_row(const typename V::Scalar* row, int64_t dim, typename V::Scalar factor,
+             typename V::Scalar* to) {
+  int64_t d = 0;
+  for (; d + V::kLanes <= dim; d += V::kLanes) {
+    fma(V::load(row + d), V::set(factor), V::load(to + d)).store(to + d);
+  }
+  for (; d < dim; ++d) to[d] += factor * row[d];
+}
+
+// Whether rows can be multiplied where they lie, as A.
+template <typename Arch>
+constexpr bool kInPlace = sizeof(typename Arch::Elem) * Arch::kPair == sizeof(typename Arch::Unit);
+
+// The keys [begin, begin + count) of a block as a kernel wants them; count is padded to kKeyStep.
+// Rows of V (or K) that the tile does not see are taken as zero wherever a product sums over keys,
+// because 0 NaN is NaN: so padding and buffer tails never spread.
+template <typename Arch>
+struct KeyBlock {
+  using Elem = typename Arch::Elem;
+  using Unit = typename Arch::Unit;
+  static constexpr int kPair = Arch::kPair;
+
+  int64_t count, padded;
+  const Elem* rows[Arch::kKeyBlock];
+
+  // unseen may be null: all keys are seen.
+  void set(const Elem* data, int64_t stride, int64_t keys, const bool* unseen) {
+    count = keys;
+    padded = round_up(keys, Arch::kKeyStep);
+    all_ = unseen == nullptr && count == padded;
+    base_ = data;
+    stride_ = stride;
+    for (int64_t j = 0; j < padded; ++j) {
+      rows[j] = j < count && !(unseen && unseen[j]) ? data + j * stride : nullptr;
+    }
+  }
+
+  // X as A, [padded][depth]; scores of unseen keys are masked, whatever they are.
+  Operand<Unit> as_rows(int64_t dim, Unit* copy) const {
+    if constexpr (kInPlace<Arch>) {
+      if (count == padded && dim % Arch::kDepthStep == 0 && stride_ % kPair == 0) {
+        return {reinterpret_cast<const Unit*>(base_), stride_ / kPair, 1};
+      }
+    }
+    const int64_t units = round_up(dim, Arch::kDepthStep) / kPair;
+    copy_rows<Arch>(rows, padded, dim, units, copy, units);
+    return {copy, units, 1};
+  }
+
+  // X^T as A, [depth][padded / kPair].
+  Operand<Unit> as_columns(int64_t dim, Unit* copy, Unit* transposed) const {
+    const int64_t width = round_up(dim, Arch::kWidthStep);
+    if constexpr (kInPlace<Arch> && kPair == 1) {
+      if (all_) return {base_, 1, stride_};
+    }
+    interleave_rows<Arch>(rows, padded, dim, width, copy);
+    if constexpr (!Arch::kTransposeColumns) {
+      return {copy, 1, width};
+    } else {
+      const int64_t units = padded / kPair;
+      for (int64_t j = 0; j < units; j += Arch::V::kLanes) {
+        for (int64_t d = 0; d < width; d += Arch::V::kLanes) {
+          Arch::transpose(copy + j * width + d, width, transposed + d * units + j, units);
+        }
+      }
+      return {transposed, units, 1};
+    }
+  }
+
+ private:
+  const Elem* base_;
+  int64_t stride_;
+  bool all_;
+};
+
+}  // namespace
+}  // namespace ring_attention::cpu

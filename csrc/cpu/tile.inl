@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// A tile of query rows: which rows of the tensors it is, and what they see. Its panels are as many
+// rows as multiply() takes lanes; panels are skipped, folded and masked on their own.
+#pragma once
+
+#include "operands.inl"
+
+namespace ring_attention::cpu {
+namespace {
+
+template <typename Arch>
+struct QueryTile {
+  using Elem = typename Arch::Elem;
+  using State = typename Arch::State;
+  using V = typename Arch::V;
+
+  int64_t panel, rows;  // rows is a multiple of panel
+  int64_t first_head, batch;
+  QueryRows query_rows;
+  int64_t first;        // number of the first row
+  int64_t* begin;       // [rows] intervals of the block in hand
+  int64_t* end;         // [rows]
+  Extent* extents;      // [rows / panel]
+  Extent extent;        // of the whole tile
+  const Elem** source;  // [rows]
+  State* low;           // [panel] intervals relative to the key block in hand
+  State* high;          // [panel]
+
+  QueryTile(const AttentionParams& p, int64_t panel_rows, int64_t b, int64_t kv_head)
+      : panel(panel_rows),
+        first_head(kv_head * (p.heads / p.kv_heads)),
+        batch(b),
+        query_rows(p, panel_rows) {}
+
+  void take(Scratch& scratch, int64_t max_rows) {
+    scratch.array(begin, max_rows);
+    scratch.array(end, max_rows);
+    scratch.array(extents, max_rows / panel);
+    scratch.array(source, max_rows);
+    scratch.array(low, panel);
+    scratch.array(high, panel);
+  }
+
+  void move_to(int64_t row, int64_t count) {
+    first = row;
+    rows = round_up(count, panel);
+  }
+  int64_t panels() const { return rows / panel; }
+  bool real(int64_t row) const { return query_rows.real(first + row); }
+
+  // Offset of a row of a [batch, heads, q_len, ...] tensor; the row is real.
+  int64_t offset(int64_t row, const Strides& stride) const {
+    return batch * stride.batch + (first_head + query_rows.head(first + row)) * stride.head +
+           query_rows.index(first + row) * stride.row;
+  }
+  // The same for one number per query, contiguous [batch, heads, q_len].
+  int64_t flat(int64_t row, const AttentionParams& p) const {
+    return offset(row, {p.heads * p.q_len, p.q_len, 1});
+  }
+
+  // Points source at the rows of a tensor; padding reads as zeros.
+  const Elem* const* rows_of(const void* data, const Strides& stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+      source[i] = real(i) ? static_cast<const Elem*>(data) + offset(i, stride) : nullptr;
+    }
+    return source;
+  }
+
+  // Intervals n of a block, for every row. Padding sees what the last query sees, so that it asks
+  // for no mask of its own.
+  void see(const KVBlock& block, int64_t n) {
+    extent = {};
+    for (int64_t u = 0; u < panels(); ++u) {
+      extents[u] = {};
+      for (int64_t i = u * panel; i < (u + 1) * panel; ++i) {
+        const int64_t row = std::min(first + i, query_rows.count() - 1);
+        const int64_t query = std::min(query_rows.index(row), query_rows.q_len - 1);
+        const Interval seen = interval_of(block, n, batch, query);
+        begin[i] = seen.begin;
+        end[i] = seen.end;
+        extents[u].add(seen.begin, seen.end);
+        extent.add(seen.begin, seen.end);
+      }
+    }
+  }
+
+  // Whether a panel sees any of the keys [from, from + count).
+  bool touches(int64_t from, int64_t count) const {
+    for (int64_t u = 0; u < panels(); ++u) {
+      if (extents[u].touches(from, from + count)) return true;
+    }
+    return false;
+  }
+
+  // Fills unseen[j] for the keys [from, from + count): true where no row sees the key. Returns
+  // null where every row sees every key.
+  const bool* mark_unseen(int64_t from, int64_t count, bool* unseen) const {
+    if (extent.covers(from, from + count)) return nullptr;
+    int32_t change[Arch::kKeyBlock + 1] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t b = std::max(begin[i] - from, int64_t{0}), e = std::min(end[i] - from, count);
+      if (b < e) ++change[b], --change[e];
+    }
+    for (int64_t j = 0, seen = 0; j < count; ++j) unseen[j] = (seen += change[j]) == 0;
+    return unseen;
+  }
+
+  // The intervals of a panel relative to key `from`, as lanes.
+  void bound(int64_t u, int64_t from, int64_t count) {
+    for (int64_t i = 0; i < panel; ++i) {
+      low[i] = static_cast<State>(std::clamp(begin[u * panel + i] - from, int64_t{0}, count));
+      high[i] = static_cast<State>(std::clamp(end[u * panel + i] - from, int64_t{0}, count));
+    }
+  }
+};
+
+// Calls visit(row, numbers) for every real row of panels X^T [panels][dim][panel], turning kLanes
+// rows at a time in `scratch` [kLanes][dim].
+template <typename Arch, typename Visit>
+void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* panels, int64_t dim,
+                    typename Arch::State* scratch, const Visit& visit) {
+  using V = typename Arch::V;
+  const int64_t panel = tile.panel;
+  for (int64_t i = 0; i < tile.rows; i += V::kLanes) {
+    const typename Arch::State* from = panels + i / panel * dim * panel + i % panel;
+    for (int64_t d = 0; d < dim; d += V::kLanes) {
+      transpose(from + d * panel, panel, scratch + d, dim, V{});
+    }
+    for (int64_t r = 0; r < V::kLanes; ++r) {
+      if (tile.real(i + r)) visit(i + r, scratch + r * dim);
+    }
+  }
+}
+
+// x where the lane sees the key, else other. A select: what an unseen key gives may be NaN.
+template <typename V>
+RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
+  const V j = V::set(static_cast<typename V::Scalar>(key));
+  return select(less(j, low), other, select(less(j, high), x, other));
+}
+
+// The rows of a key block that a panel touches, in whole stripes.
+struct StripeRange {
+  int64_t begin, end;
+};
+inline StripeRange stripes_of(const Extent& extent, int64_t from, int64_t padded, int64_t stripe) {
+  return {std::max<int64_t>(extent.begin - from, 0) / stripe * stripe,
+          std::min(round_up(extent.end - from, stripe), padded)};
+}
+
+}  // namespace
+}  // namespace ring_attention::cpu
