@@ -7,6 +7,9 @@
 // instructions) a pair of 16-bit elements that are neighbours in k.
 #pragma once
 
+#include "elements.h"
+#include "problem.h"
+
 namespace ring_attention::cpu {
 namespace {
 

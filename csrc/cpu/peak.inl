@@ -3,6 +3,9 @@
 // The machine's peak as the kernels could reach it: multiply-adds between registers only.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
+
 namespace ring_attention::cpu {
 namespace {
 
