@@ -59,6 +59,27 @@ def isa_names() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# What the operators write into
+
+
+def empty_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [batch, heads, q_len, v_head_dim], dense in q's dimension order, and lse; unwritten."""
+    # An expanded dimension counts as outermost.
+    order = sorted(range(3), key=lambda d: (bool(q.stride(d) != 0), -q.stride(d)))
+    out = torch.empty_permuted(
+        (*q.shape[:3], v.shape[3]), (*order, 3), dtype=q.dtype, device=q.device
+    )
+    return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+def empty_state(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The state (acc, m, l) of q's rows, unwritten: the first fold does not read it."""
+    dtype = state_dtype(q.dtype)
+    acc = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
+    return acc, q.new_empty(q.shape[:3], dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------
 # forward
 
 
@@ -116,12 +137,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     checks.attention("forward", q, k, v, sinks=sinks, scale=scale, softcap=softcap)
     checks.intervals("forward", key_begin, key_end, q)
-    # The dimensions of out are in the order of q's strides; an expanded one counts as outermost.
-    order = sorted(range(3), key=lambda d: (bool(q.stride(d) != 0), -q.stride(d)))
-    out = torch.empty_permuted(
-        (*q.shape[:3], v.shape[3]), (*order, 3), dtype=q.dtype, device=q.device
-    )
-    return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+    return empty_output(q, v)
 
 
 torch.library.register_fake("ring_attention::forward", _forward_fake)

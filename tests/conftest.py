@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What every test file shares: a fixed seed per test and hypothesis without deadlines."""
 
+from collections.abc import Callable, Iterator
+
 import hypothesis
 import pytest
 import torch
+
+from ranks import RankPool
 
 # Test machines are shared and builds run beside them: time is bounded by pytest-timeout alone.
 # Derandomised, so that a run in CI says something about the commit and not about the day.
@@ -14,3 +18,18 @@ hypothesis.settings.load_profile("ring_attention")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], RankPool]]:
+    """pools(P): the session's pool of P gloo processes, started when first asked for."""
+    made: dict[int, RankPool] = {}
+
+    def get(world_size: int) -> RankPool:
+        if world_size not in made:
+            made[world_size] = RankPool(world_size)
+        return made[world_size]
+
+    yield get
+    for ranks in made.values():
+        ranks.close()

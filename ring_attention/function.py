@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`attention`, and the two communicating operators behind it."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import agreement, checks, loop, ops
+from .layout import Contiguous, Layout
+from .mask import Causal, Mask
+from .plan import Plan
+from .plan import plan as make_plan
+from .registry import plan_of
+from .ring import Transport, traced_name, transport_named, transport_of
+
+_CAUSAL = Causal()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = _CAUSAL,
+    group: Any = None,
+    layout: Layout | None = None,
+    q_layout: Layout | None = None,
+    k_layout: Layout | None = None,
+    plan: Plan | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence that may be sharded across the ranks of a group.
+
+    Every rank passes its own shard and gets the output rows of its own queries. K/V blocks travel
+    from rank to rank while each computes (Liu et al., "Ring Attention with Blockwise Transformers
+    for Near-Infinite Context", 2023); the result is that of one device, with one rounding.
+
+    Args:
+        q: [B, H, Sq, D] in float32, bfloat16 or float16 (float64 too, slowly, for tests); D from
+            16 to 256 in steps of 8. Any outer strides.
+        k: [B, G, Sk, D], q's dtype; H must be a multiple of G (GQA, MQA: never repeated in memory).
+        v: [B, G, Sk, Dv], q's dtype.
+        mask: which keys a query sees, in *global* positions; causal by default.
+        group: a ProcessGroup, a DeviceMesh (its dimension "cp", or its only one) or a virtual
+            rank's group; None is this process only, even where a world is initialised.
+        layout: how the sequence is sharded over the group; required with a group (or `plan`).
+        q_layout, k_layout: instead of `layout`, where queries and keys are sharded differently.
+        plan: a plan made beforehand, instead of mask and layouts. One that the ranks have agreed on
+            (`agree`) is posted without a check between them.
+        scale: of q.k; 1/sqrt(D) by default.
+        softcap: c > 0 replaces a score u by c tanh(u / c).
+        sinks: [H] learnable logits that join every softmax of their head; float32 (float64 for
+            float64 inputs). Their gradient is this rank's part of the sum over the group.
+        return_lse: also return the natural log-sum-exp of each row.
+
+    Returns:
+        out: [B, H, Sq, Dv] in q's dtype and dimension order, zero for rows that see no key.
+        lse: [B, H, Sq] float32 (float64), with return_lse; -inf for such rows. Differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be honoured, before any communication.
+        RingError: ranks disagree, one never arrived, or a message failed.
+
+    Example:
+        >>> layout = Zigzag(length, world_size)
+        >>> q, k, v = (layout.shard(x, group, dim=2) for x in (q, k, v))
+        >>> out = attention(q, k, v, group=group, layout=layout)
+    """
+    where = "ring_attention.attention"
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    softcap = 0.0 if softcap is None else float(softcap)
+    checks.attention("attention", q, k, v, sinks=sinks, scale=scale, softcap=softcap)
+    layouts = layout, q_layout, k_layout
+    if plan is not None:
+        if layouts != (None, None, None):
+            raise ValueError(
+                f"{where}: expected either plan or layouts, got both; a plan carries its layouts"
+            )
+        if mask is not _CAUSAL and mask != plan.mask:
+            raise ValueError(
+                f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
+                "a plan carries its mask"
+            )
+    if plan is not None and torch.compiler.is_compiling():
+        # A traced region knows plan and group by a tensor and a name; the operator checks the rest.
+        out, lse = torch.ops.ring_attention.ring_forward(
+            q, k, v, sinks, plan.handle, scale, softcap, traced_name(group)
+        )
+    else:
+        out, lse = _attend(q, k, v, sinks, mask, group, layouts, plan, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable(
+    reason="ring_attention makes plans on the host; pass plan= for a graph without a break"
+)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    mask: Mask,
+    group: Any,
+    layouts: tuple[Layout | None, Layout | None, Layout | None],
+    plan: Plan | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    where = "ring_attention.attention"
+    transport = transport_of(group)
+    if plan is None:
+        plan = _plan_for(where, q, k, mask, transport, *layouts)
+    _check_shards(where, plan, transport, q, k)
+    if transport.size == 1:
+        key_begin, key_end = plan.intervals(0)
+        return ops.forward(q, k, v, key_begin, key_end, sinks, scale, softcap)
+    return torch.ops.ring_attention.ring_forward(
+        q, k, v, sinks, plan.handle, scale, softcap, transport.name
+    )
+
+
+def _plan_for(
+    where: str,
+    q: Tensor,
+    k: Tensor,
+    mask: Mask,
+    transport: Transport,
+    layout: Layout | None,
+    q_layout: Layout | None,
+    k_layout: Layout | None,
+) -> Plan:
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"{where}: expected mask to be a ring_attention mask such as Causal(), got "
+            f"{type(mask).__name__}; dense masks never exist here, compose Causal, Window, "
+            "Documents, ... with & and |"
+        )
+    if layout is not None and (q_layout is not None or k_layout is not None):
+        raise ValueError(
+            f"{where}: expected layout or q_layout and k_layout, got both; layout is for "
+            "queries and keys sharded alike"
+        )
+    q_layout, k_layout = q_layout or layout, k_layout or layout
+    if transport.name == "local":
+        if q_layout is not None and q_layout.world_size > 1:
+            raise ValueError(
+                f"{where}: expected group with {q_layout!r}, got None; group=None is this process "
+                "only, pass the process group that holds the shards"
+            )
+        q_layout = q_layout or Contiguous(q.shape[2], 1)
+        k_layout = k_layout or Contiguous(k.shape[2], 1)
+    if q_layout is None or k_layout is None:
+        raise ValueError(
+            f"{where}: expected layout with a group, got None; say how the sequence is sharded, "
+            "e.g. layout=Zigzag(length, world_size)"
+        )
+    return _cached_plan(mask, q_layout, k_layout, transport.rank)
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(mask: Mask, q_layout: Layout, k_layout: Layout, rank: int) -> Plan:
+    return make_plan(mask, q_layout=q_layout, k_layout=k_layout, rank=rank)
+
+
+def _check_shards(where: str, plan: Plan, transport: Transport, q: Tensor, k: Tensor) -> None:
+    rank, size = transport.rank, transport.size
+    if (plan.rank, plan.world_size) != (rank, size):
+        raise ValueError(
+            f"{where}: expected a plan for rank {rank} of {size}, got one for rank {plan.rank} of "
+            f"{plan.world_size}; make it with plan(..., group=group)"
+        )
+    for name, x, layout in (("q", q, plan.q_layout), ("k", k, plan.k_layout)):
+        if x.shape[2] != layout.sizes[rank]:
+            raise ValueError(
+                f"{where}: expected {name}.shape[2] == {layout.sizes[rank]}, the shard of rank "
+                f"{rank} under {layout!r}, got {x.shape[2]}; shard with layout.shard({name}, "
+                "group, dim=2)"
+            )
+    if plan.mask.batch not in (1, q.shape[0]):
+        raise ValueError(
+            f"{where}: expected a mask for {q.shape[0]} samples (or one for all), got one for "
+            f"{plan.mask.batch}; q.shape[0] is the batch"
+        )
+
+
+# --- Agreement ------------------------------------------------------------------------------------
+
+
+def _agreed_fields(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
+    return {
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "batch": str(q.shape[0]),
+        "heads": str(q.shape[1]),
+        "kv_heads": str(k.shape[1]),
+        "head_dim": str(k.shape[3]),
+        "v_head_dim": str(v.shape[3]),
+        "mask": repr(plan.mask),
+        "q_layout": repr(plan.q_layout),
+        "k_layout": repr(plan.k_layout),
+        "plan": f"{plan.digest:016x}",
+    }
+
+
+def agree(plan: Plan, group: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Checks once that all ranks of a group hold the same plan for the same kind of tensors.
+
+    Collective. Calls of `attention(..., plan=plan, group=group)` with tensors of these shapes and
+    dtypes then post at once; others are refused.
+
+    Args:
+        plan: this rank's plan.
+        group: as in `attention`.
+        q, k, v: tensors (also meta or fake ones) as the calls will pass them.
+
+    Raises:
+        RingError: ranks disagree (all of them are told which field differs), or one never arrived.
+    """
+    transport = transport_of(group)
+    if transport.size == 1:
+        return
+    where = "ring_attention.agree"
+    checks.attention("agree", q, k, v)
+    _check_shards(where, plan, transport, q, k)
+    fields = _agreed_fields(plan, q, k, v)
+    agreement.check(transport, {"call": "agree", **fields})
+    transport.book.agreed[plan.digest] = fields
+    if q.device.type != "cpu":  # NCCL: the first batch on a group must include all its ranks
+        transport.sum_(torch.zeros(1, device=q.device))
+
+
+def _check_agreement(
+    transport: Transport, call: str, plan: Plan, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    if transport.size == 1:
+        return
+    fields = _agreed_fields(plan, q, k, v)
+    agreed = transport.book.agreed.get(plan.digest)
+    if agreed is None:
+        agreement.check(transport, {"call": call, **fields})
+        return
+    for name, value in fields.items():
+        if agreed[name] != value:
+            raise ValueError(
+                f"ring_attention.attention: expected {name} == {agreed[name]}, as the ranks agreed "
+                f"for this plan, got {value}; call agree again for other tensors"
+            )
+
+
+# --- The communicating operators ------------------------------------------------------------------
+
+
+@torch.library.custom_op("ring_attention::ring_forward", mutates_args=())
+def ring_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    scale: float,
+    softcap: float,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention around the ring of `group`: out [B, H, Sq, Dv] and lse [B, H, Sq]."""
+    transport, made = transport_named(group), plan_of(plan)
+    _check_shards("ring_attention.attention", made, transport, q, k)
+    _check_agreement(transport, "attention", made, q, k, v)
+    return loop.forward(made, transport, q, k, v, sinks, scale, softcap)
+
+
+@ring_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    scale: float,
+    softcap: float,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    return ops.empty_output(q, v)
+
+
+@torch.library.custom_op("ring_attention::ring_backward", mutates_args=())
+def ring_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    scale: float,
+    softcap: float,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
+    transport = transport_named(group)
+    return loop.backward(
+        plan_of(plan), transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap
+    )
+
+
+@ring_backward.register_fake
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    scale: float,
+    softcap: float,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = lse.new_empty(0 if sinks is None else sinks.shape[0])
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, plan, ctx.scale, ctx.softcap, ctx.group = inputs
+    ctx.save_for_backward(q, k, v, sinks, plan, *output)
+    ctx.set_materialize_grads(False)
+    # While the graph lives, so does its plan. (Tracing has no data to look at.)
+    ctx.plan = None if torch.compiler.is_compiling() else plan_of(plan)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, plan, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = torch.ops.ring_attention.ring_backward(
+        dout, dlse, q, k, v, out, lse, sinks, plan, ctx.scale, ctx.softcap, ctx.group
+    )
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+
+
+ring_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "ring_attention.attention: expected one backward, got a second derivative; the backward "
+        "is not differentiable, detach its result"
+    )
+
+
+ring_backward.register_autograd(_no_double_backward)
+
+# Independent ring calls must keep their order on every rank: a compiler that swapped two of them on
+# one rank would complete them with swapped data. Private API, the same in torch 2.11 and 2.15.
+for _op in (ring_forward, ring_backward):
+    torch.library._register_effectful_op(_op, torch._library.effects.EffectType.ORDERED)

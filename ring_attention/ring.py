@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The transport: post and wait over a process group, and what "a group" may be."""
+
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .buffers import BufferPool
+
+
+class RingError(RuntimeError):
+    """Ranks that disagree, that never arrived, or a message that failed."""
+
+
+def timeout_s() -> float:
+    """Seconds a rank waits for another: RING_ATTENTION_TIMEOUT, 600 when unset."""
+    value = os.environ.get("RING_ATTENTION_TIMEOUT", "600")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise ValueError(
+            "ring_attention: expected RING_ATTENTION_TIMEOUT to be a positive number of seconds, "
+            f"got {value!r}; unset it for the default of 600"
+        )
+    return seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One message of a step: `flat` goes to, or arrives from, group rank `peer`."""
+
+    flat: Tensor
+    peer: int
+    kind: str  # "K/V" or "dK/dV"
+    step: int
+    sending: bool
+
+    def __str__(self) -> str:
+        what = f"sending {self.kind} to" if self.sending else f"receiving {self.kind} from"
+        return f"{what} group rank {self.peer} in step {self.step}, {self.nbytes} bytes"
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+
+class Pending(ABC):
+    """Messages under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Returns when every message is complete; raises RingError naming the one that failed."""
+
+
+@dataclass
+class CallBook:
+    """What a rank remembers of a group between calls, for the agreement between its ranks."""
+
+    calls: int = 0
+    poison: str | None = None
+    agreed: dict[int, dict[str, str]] = field(default_factory=dict)  # plan digest -> fields
+
+
+class Transport(ABC):
+    """One rank's end of a ring."""
+
+    name: str  # unique in this process while the group lives
+    rank: int
+    size: int
+
+    def __init__(self) -> None:
+        self.pool = BufferPool()
+        self.book = CallBook()
+
+    @property
+    @abstractmethod
+    def store(self) -> Any:
+        """The key-value store that all ranks of the group share (torch.distributed.Store)."""
+
+    @abstractmethod
+    def post(self, messages: Sequence[Message]) -> Pending:
+        """Posts all messages of a step at once; an empty step is complete."""
+
+    @abstractmethod
+    def gather_equal(self, x: Tensor) -> list[Tensor]:
+        """One tensor per rank, all of x's shape and dtype."""
+
+    @abstractmethod
+    def sum_(self, x: Tensor) -> None:
+        """Sums x over the ranks in place."""
+
+
+class _Works(Pending):
+    def __init__(self, messages: Sequence[Message], works: Sequence[Any], group: str) -> None:
+        # Keeping the messages keeps their buffers alive until the backend is done with them.
+        self._messages = messages
+        self._works = works
+        self._group = group
+
+    def wait(self) -> None:
+        on_host = all(message.flat.device.type == "cpu" for message in self._messages)
+        coalesced = len(self._works) != len(self._messages)
+        for i, work in enumerate(self._works):
+            try:
+                # A time-out argument would make NCCL block the host; its watchdog has its own.
+                done = work.wait(timedelta(seconds=timeout_s())) if on_host else work.wait()
+            except RuntimeError as error:
+                failed = self._messages if coalesced else [self._messages[i]]
+                what = "; or ".join(str(message) for message in failed)
+                raise RingError(
+                    f"ring_attention: {what}, failed on group {self._group!r}: {error}. The group "
+                    "cannot be used any more; look at that rank's own error first"
+                ) from error
+            if done is False:
+                raise RingError(f"ring_attention: {self._messages[i]} was aborted")
+
+
+class _Complete(Pending):
+    def wait(self) -> None:
+        return None
+
+
+class LocalTransport(Transport):
+    """This process alone: a ring of one, which never communicates."""
+
+    name = "local"
+    rank = 0
+    size = 1
+
+    @property
+    def store(self) -> Any:
+        return dist.HashStore()
+
+    def post(self, messages: Sequence[Message]) -> Pending:
+        assert not messages
+        return _Complete()
+
+    def gather_equal(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def sum_(self, x: Tensor) -> None:
+        return None
+
+
+class ProcessGroupTransport(Transport):
+    """A rank of a torch.distributed process group: gloo on CPU, NCCL on GPU."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self._group = weakref.ref(group)
+        self.name = group.group_name
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(
+                "ring_attention: expected group to contain this rank, got a group without it; "
+                "pass each rank the group it belongs to"
+            )
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RingError(f"ring_attention: process group {self.name!r} has been destroyed")
+        return group
+
+    @property
+    def store(self) -> Any:
+        return self.group.get_group_store()
+
+    def post(self, messages: Sequence[Message]) -> Pending:
+        if not messages:  # an empty batch raises
+            return _Complete()
+        operations = [
+            dist.P2POp(
+                dist.isend if message.sending else dist.irecv,
+                message.flat,
+                group=self.group,
+                group_peer=message.peer,
+                # gloo matches by tag; NCCL by order, which is the same on both sides.
+                tag=1 if message.kind == "K/V" else 2,
+            )
+            for message in messages
+        ]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            what = "; ".join(str(message) for message in messages)
+            raise RingError(f"ring_attention: posting failed: {what}: {error}") from error
+        return _Works(messages, works, self.name)
+
+    def gather_equal(self, x: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(gathered, x, group=self.group)
+        return gathered
+
+    def sum_(self, x: Tensor) -> None:
+        dist.all_reduce(x, group=self.group)
+
+
+# --- Groups ---------------------------------------------------------------------------------------
+
+_transports: "weakref.WeakKeyDictionary[dist.ProcessGroup, ProcessGroupTransport]" = (
+    weakref.WeakKeyDictionary()
+)
+_local = LocalTransport()
+_named: "weakref.WeakValueDictionary[str, Transport]" = weakref.WeakValueDictionary(
+    {_local.name: _local}
+)
+
+
+def register(transport: Transport) -> None:
+    """Makes a transport that is no process group findable by name, while it lives."""
+    _named[transport.name] = transport
+
+
+def transport_of(group: Any) -> Transport:
+    """This rank's transport over a group.
+
+    Args:
+        group: None (this process only), a ProcessGroup, a DeviceMesh (one-dimensional, or with a
+            dimension named "cp"), or a virtual rank's group.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if group is None:
+        return _local
+    if isinstance(group, Transport):
+        return group
+    if isinstance(group, DeviceMesh):
+        group = _group_of_mesh(group)
+    if not isinstance(group, dist.ProcessGroup):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "ring_attention: expected group to contain this rank, got a group without it; "
+                "pass each rank the group it belongs to"
+            )
+        raise TypeError(
+            "ring_attention: expected group to be a ProcessGroup, a DeviceMesh or None, got "
+            f"{type(group).__name__}; use torch.distributed.new_group or init_device_mesh"
+        )
+    transport = _transports.get(group)
+    if transport is None:
+        transport = _transports[group] = ProcessGroupTransport(group)
+    return transport
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    names = mesh.mesh_dim_names or ()
+    if "cp" in names:
+        return mesh.get_group("cp")
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    raise ValueError(
+        "ring_attention: expected group to be a one-dimensional DeviceMesh or one with a dimension "
+        f'"cp", got dimensions {names or mesh.ndim}; pass mesh["name"] of the sequence dimension'
+    )
+
+
+def transport_named(name: str) -> Transport:
+    """The transport of a group given by name, as the communicating operators know it."""
+    named = _named.get(name)
+    if named is not None:
+        return named
+    return transport_of(dist.distributed_c10d._resolve_process_group(name))
+
+
+def traced_name(group: Any) -> str:
+    """A group's name, by what a compiler can trace."""
+    if group is None:
+        return _local.name
+    if isinstance(group, Transport):
+        return group.name
+    if isinstance(group, DeviceMesh):
+        group = _group_of_mesh(group)
+    return group.group_name
+
+
+def rank_of(group: Any) -> int:
+    """This process's rank in a group; 0 for None."""
+    return transport_of(group).rank
+
+
+def size_of(group: Any) -> int:
+    """A group's number of ranks; 1 for None."""
+    return transport_of(group).size
+
+
+# --- Collectives around the ring (not differentiable) ---------------------------------------------
+
+
+def all_gather(x: Tensor, group: Any) -> list[Tensor]:
+    """Every rank's tensor, in rank order; sizes may differ between ranks, dimensions may not.
+
+    Args:
+        x: any tensor; all ranks pass the same dtype and number of dimensions.
+        group: as in `transport_of`.
+    """
+    transport = transport_of(group)
+    x = x.detach()
+    if transport.size == 1:
+        return [x]
+    shapes = [
+        tuple(shape.tolist())
+        for shape in transport.gather_equal(torch.tensor(x.shape, device=x.device))
+    ]
+    sizes = [int(torch.Size(shape).numel()) for shape in shapes]
+    # Collectives want equal sizes; the tail of a shorter rank is never read.
+    padded = x.new_zeros(max(sizes))
+    padded[: x.numel()] = x.reshape(-1)
+    gathered = transport.gather_equal(padded)
+    return [
+        flat[:size].view(shape) for flat, size, shape in zip(gathered, sizes, shapes, strict=True)
+    ]
+
+
+def all_reduce_(x: Tensor, group: Any) -> Tensor:
+    """Sums x over the ranks, in place.
+
+    Args:
+        x: a tensor of the same shape and dtype on every rank.
+        group: as in `transport_of`.
+    """
+    transport_of(group).sum_(x)
+    return x
