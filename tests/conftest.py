@@ -15,6 +15,10 @@ hypothesis.settings.register_profile("ring_attention", deadline=None, derandomiz
 hypothesis.settings.load_profile("ring_attention")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: run again for every instruction set of the machine")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
