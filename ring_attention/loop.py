@@ -136,9 +136,9 @@ class _Blocks:
     def exchange(self, hop: _Hop, step: Step) -> None:
         """Adds the K/V messages of a step to its hop."""
         for transfer in step.sends:
-            hop.send(self[transfer.origin], transfer, "K/V", step.number)
+            hop.send(self[transfer.origin], transfer, "K/V", transfer.hop)
         for transfer in step.recvs:
-            self._held[transfer.origin] = hop.receive(self._own, transfer, "K/V", step.number)
+            self._held[transfer.origin] = hop.receive(self._own, transfer, "K/V", transfer.hop)
 
     def release(self, origins: Iterable[int]) -> None:
         for origin in origins:
@@ -225,10 +225,10 @@ class _Gradients:
             return
         for transfer in step.grad_sends:
             pair = self._out.pop(transfer.origin)
-            hop.send(pair, transfer, "dK/dV", step.number)
+            hop.send(pair, transfer, "dK/dV", transfer.hop)
             hop.free_after(pair.lease)
         for transfer in step.grad_recvs:
-            self._in.append((transfer, hop.receive(self.own, transfer, "dK/dV", step.number)))
+            self._in.append((transfer, hop.receive(self.own, transfer, "dK/dV", transfer.hop)))
 
     def add_arrived(self) -> None:
         """Adds what arrived to the own rows, in step order; call after the hop's wait."""

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What one rank does, step by step.
+//
+// Note [schedule]. A generator lists, per hop, what this rank folds and which messages it posts, in
+// rows of the origin's shard. finish() then makes the executable plan: empty hops vanish, rows
+// become relative to the blocks as held, the transfers of a hop without a fold move under the fold
+// before it, which hides them, and blocks are released after their last use. Every rank decides so
+// on its own, because
+//   * no ring of ranks can wait for itself: a rank waits for a message of hop t only when it has
+//     posted everything of hops up to t, and waited only for hops before t until then;
+//   * messages between two ranks keep one order, which is all that NCCL has to match them:
+//     K/V of hop t, gradients of hop t - 1, K/V of hop t + 1 ... (see may_join).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ranges.h"
+#include "reads.h"
+
+namespace ring_attention::plan {
+
+// See ring_attention/plan.py for the meaning of every field: these are its Transfer and Step.
+struct Transfer {
+  int64_t peer = 0, origin = 0, hop = 0;
+  Ranges rows;
+};
+
+struct Step {
+  int64_t number = 0;  // the hop it folds at
+  std::vector<int64_t> folds, release;
+  std::vector<Transfer> sends, recvs, grad_sends, grad_recvs;
+  int64_t flops = 0;  // visible query-key pairs of the folds
+
+  bool idle() const {
+    return folds.empty() && sends.empty() && recvs.empty() && grad_sends.empty() &&
+           grad_recvs.empty();
+  }
+};
+
+struct Generator {
+  const char* name;
+  std::vector<Step> (*hops)(const Reads&, int64_t rank);
+};
+
+// The generators, by name.
+const std::vector<Generator>& generators();
+
+// The steps of `rank`; throws std::invalid_argument for an unknown generator.
+std::vector<Step> schedule(const Reads& reads, int64_t rank, const std::string& generator);
+
+}  // namespace ring_attention::plan

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Plans: what one rank of the ring folds, sends and receives, step by step.
+
+Note [plan]. ``plan(mask, layout, rank=r)`` is pure and local: the same arguments give matching
+plans on all ranks, without a word between them. Blocks travel compact: only rows that some query of
+the receiver (or of a rank it forwards to) sees are sent, and steps nobody needs do not exist. The
+ring loop runs any plan; how steps come about is up to a generator in csrc/plan/schedule.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _planner
+from .layout import Layout
+from .mask_algebra import Mask, refuse
+from .registry import register
+
+GENERATORS: tuple[str, ...] = _planner.GENERATORS
+# Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
+INTERVAL_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One message of K/V rows (or of their gradients).
+
+    Attributes:
+        peer: the rank in the group that it goes to or comes from.
+        origin: the rank that owns the rows.
+        hop: its place in the order that all ranks follow: between two ranks, K/V of hop t come
+            before gradients of hop t, and those before K/V of hop t + 2.
+        ranges: which rows, as the planner keeps them; see Step for what they count from.
+    """
+
+    peer: int
+    origin: int
+    hop: int
+    ranges: _planner.Ranges = field(repr=False, compare=False)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """The rows as ascending (begin, end) ranges; never empty."""
+        return self.ranges.tuples()
+
+    @cached_property
+    def num_rows(self) -> int:
+        """How many rows travel."""
+        return self.ranges.rows
+
+    def __repr__(self) -> str:
+        return f"Transfer(peer={self.peer}, origin={self.origin}, {self.num_rows} rows)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank does between two waits.
+
+    Attributes:
+        number: the hop at which it folds; ascending, with gaps where nothing is to be done.
+        folds: origins whose blocks are folded; the own block is in the first step, if at all.
+        sends: K/V posted before the folds; rows count from the block as this rank holds it.
+        recvs: K/V posted before the folds and complete after them, used from the next step on; rows
+            count from the origin's shard, and the block as held is those rows, concatenated.
+        grad_sends: in backward, contributions to dK/dV of the blocks folded in this step, posted
+            after the folds; peer == origin, only rows touched, counted from the block as held.
+        grad_recvs: contributions to the own shard's dK/dV that arrive in the same hop; rows count
+            from the own shard.
+        release: received blocks that are dead after this step (never the own one).
+        flops: visible query-key pairs of the folds, per head: 4 head_dim flops each in forward.
+    """
+
+    number: int
+    folds: tuple[int, ...]
+    sends: tuple[Transfer, ...]
+    recvs: tuple[Transfer, ...]
+    grad_sends: tuple[Transfer, ...]
+    grad_recvs: tuple[Transfer, ...]
+    release: tuple[int, ...]
+    flops: int
+
+    @property
+    def rows(self) -> int:
+        """K/V rows sent in this step."""
+        return sum(t.num_rows for t in self.sends)
+
+    @property
+    def grad_rows(self) -> int:
+        """dK/dV rows sent in this step of backward."""
+        return sum(t.num_rows for t in self.grad_sends)
+
+
+def _step(step: _planner.Step) -> Step:
+    def transfers(listed: list[_planner.Transfer]) -> tuple[Transfer, ...]:
+        return tuple(Transfer(t.peer, t.origin, t.hop, t.ranges) for t in listed)
+
+    return Step(
+        number=step.number,
+        folds=tuple(step.folds),
+        sends=transfers(step.sends),
+        recvs=transfers(step.recvs),
+        grad_sends=transfers(step.grad_sends),
+        grad_recvs=transfers(step.grad_recvs),
+        release=tuple(step.release),
+        flops=step.flops,
+    )
+
+
+class _Cache:
+    """Tensors by origin, least recently used first out; shared by the threads of a process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pairs: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def get(self, origin: int) -> tuple[Tensor, Tensor] | None:
+        with self.lock:
+            if origin in self.pairs:
+                self.pairs.move_to_end(origin)
+            return self.pairs.get(origin)
+
+    def put(self, origin: int, pair: tuple[Tensor, Tensor]) -> None:
+        with self.lock:
+            self.pairs[origin] = pair
+            while len(self.pairs) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
+                self.pairs.popitem(last=False)
+
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for pair in self.pairs.values() for t in pair)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's part of a distributed attention call; made by ``plan``.
+
+    Attributes:
+        rank, world_size: whose plan, of how many.
+        mask, q_layout, k_layout, generator: what it was made from.
+        steps: what to do; at least one.
+        own_split: rows of the own key block in front of the point where half its flops are done.
+        digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
+    """
+
+    rank: int
+    world_size: int
+    mask: Mask
+    q_layout: Layout
+    k_layout: Layout
+    generator: str
+    steps: tuple[Step, ...] = field(repr=False, compare=False)
+    own_split: int = field(repr=False, compare=False)
+    digest: int = field(repr=False)
+    _reads: _planner.Reads = field(repr=False, compare=False)
+    _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+
+    def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
+        """What the own query rows see of a block that this rank folds.
+
+        Rows count from the block as held (see Step), so kernels can take them as they are. Kept for
+        the next call, up to INTERVAL_CACHE_BYTES per plan.
+
+        Returns:
+            key_begin, key_end: int32 [n, B or 1, q_len] on the CPU, ``begin == end`` for a row that
+            sees nothing; expanded (stride 0) if all rows are alike.
+        """
+        cached = self._cache.get(origin)
+        if cached is not None:
+            return cached
+        if origin not in self._held:
+            refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
+        view = self._reads.key_intervals(self.rank, origin, self._held[origin])
+        samples, rows = self._samples, self.q_layout.sizes[self.rank]
+        both = torch.empty(2, view.most, samples, view.rows, dtype=torch.int32)
+        used = view.fill(both[0].data_ptr(), both[1].data_ptr())
+        if used < view.most:
+            both = both[:, :used].clone()
+        begin, end = both.expand(2, used, samples, rows)
+        self._cache.put(origin, (begin, end))
+        return begin, end
+
+    @cached_property
+    def handle(self) -> Tensor:
+        """An int64 CPU tensor that stands for this plan in compiled graphs; see registry.py."""
+        return register(self)
+
+    @cached_property
+    def _samples(self) -> int:
+        return self._reads.samples
+
+    @cached_property
+    def _held(self) -> dict[int, _planner.Ranges]:
+        own = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
+        return {self.rank: own} | {t.origin: t.ranges for s in self.steps for t in s.recvs}
+
+    @property
+    def flops(self) -> tuple[int, ...]:
+        """Visible query-key pairs per step and head."""
+        return tuple(step.flops for step in self.steps)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """K/V rows sent per step."""
+        return tuple(step.rows for step in self.steps)
+
+    def positions(self) -> Tensor:
+        """The global positions of this rank's queries: int64 [q_len]."""
+        return self.q_layout.positions(self.rank)
+
+    def shard(self, x: Any, dim: int = 1) -> Any:
+        """This rank's rows of a whole tensor, or of a dict of them, as the queries are laid out."""
+        return self.q_layout.shard(x, self.rank, dim)
+
+    def unshard(self, x: Tensor, group: Any, dim: int = 1) -> Tensor:
+        """The whole tensor from all ranks' rows; see Layout.unshard."""
+        return self.q_layout.unshard(x, group, dim)
+
+    def __repr__(self) -> str:
+        layout = repr(self.q_layout)
+        if self.k_layout != self.q_layout:
+            layout += f" over {self.k_layout!r}"
+        return (
+            f"Plan({self.mask!r} on {layout}, {self.generator}, rank {self.rank} of "
+            f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "
+            f"{sum(self.rows)} rows sent)"
+        )
+
+
+def _digest(mask: Mask, q_layout: Layout, k_layout: Layout, generator: str) -> int:
+    parts = [mask.to_dict(), q_layout.to_dict(), k_layout.to_dict(), generator]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def plan(
+    mask: Mask,
+    layout: Layout | None = None,
+    *,
+    q_layout: Layout | None = None,
+    k_layout: Layout | None = None,
+    rank: int | None = None,
+    group: Any = None,
+    generator: str = "auto",
+) -> Plan:
+    """Makes one rank's plan; local and pure: no communication.
+
+    Args:
+        mask: what is visible, in global positions.
+        layout: of queries and keys; or q_layout and k_layout, if they differ (cross attention).
+        rank, group: whose plan: a rank, or the group in which to look it up.
+        generator: "direct" (own rows straight to every reader), "chain" (to the next rank, which
+            forwards what is still read) or "auto". Direct never sends more rows than chain, so auto
+            takes it; chain has two peers per rank whatever the world size, and crosses each link
+            between nodes once per step.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+
+    Example:
+        >>> p = plan(Causal(), Zigzag(8, 2), rank=0)
+        >>> p.steps[0].sends[0].rows, p.flops
+        (((0, 2),), (10, 8))
+    """
+    if (layout is None) == (q_layout is None and k_layout is None):
+        refuse("plan", "layout, or q_layout and k_layout", (layout, q_layout, k_layout), "pass one")
+    q_layout, k_layout = (layout, layout) if layout is not None else (q_layout, k_layout)
+    for name, value in (("q_layout", q_layout), ("k_layout", k_layout)):
+        if not isinstance(value, Layout):
+            refuse("plan", f"a Layout as {name}", repr(value), "for example Zigzag(length, ranks)")
+    assert q_layout is not None and k_layout is not None
+    if not isinstance(mask, Mask):
+        refuse("plan", "a Mask", repr(mask)[:80], "for example Causal()")
+    if q_layout.world_size != k_layout.world_size:
+        sizes = (q_layout.world_size, k_layout.world_size)
+        refuse("plan", "layouts of one world size", sizes, "make both for the same group")
+    largest = max(k_layout.sizes)
+    if largest >= 2**31:
+        refuse("plan", "shards below 2**31 rows", largest, "use more ranks")
+    if generator not in ("auto", *GENERATORS):
+        refuse(
+            "plan", f"a generator of {('auto', *GENERATORS)}", repr(generator), "pass one of them"
+        )
+    if (rank is None) == (group is None) and q_layout.world_size > 1:
+        refuse("plan", "rank or group", (rank, group), "pass one of them")
+    me = q_layout.rank_of(group if rank is None else rank)
+    generator = "direct" if generator == "auto" else generator
+    samples = mask.segments(q_layout.length, k_layout.length)
+    reads = _planner.Reads(samples, q_layout.table, k_layout.table)
+    return Plan(
+        rank=me,
+        world_size=q_layout.world_size,
+        mask=mask,
+        q_layout=q_layout,
+        k_layout=k_layout,
+        generator=generator,
+        steps=tuple(_step(step) for step in reads.schedule(me, generator)),
+        own_split=reads.own_split(me),
+        digest=_digest(mask, q_layout, k_layout, generator),
+        _reads=reads,
+    )
