@@ -158,12 +158,27 @@ def dense(op: str, name: str, x: Tensor, shape: tuple[int, ...], meaning: str, q
         refuse(op, f"{name} contiguous", f"strides {list(x.stride())}", "call .contiguous()")
 
 
-def state(op: str, acc: Tensor, m: Tensor, l: Tensor, q: Tensor) -> None:  # noqa: E741
-    """Checks a running state: acc [batch, heads, q_len, v_head_dim], m and l without the last."""
-    shape = tuple(acc.shape)
-    dense(op, "acc", acc, (*q.shape[:3], *shape[3:]), "[batch, heads, q_len, v_head_dim]", q)
+def state(
+    op: str,
+    acc: Tensor,
+    m: Tensor,
+    l: Tensor,  # noqa: E741
+    shape: tuple[int, ...],
+    q: Tensor,
+) -> None:
+    """Checks a running state: acc of the given shape, m and l of all but its last dimension."""
+    dense(op, "acc", acc, shape, "[batch, heads, q_len, v_head_dim]", q)
     dense(op, "m", m, shape[:3], "[batch, heads, q_len]", q)
     dense(op, "l", l, shape[:3], "[batch, heads, q_len]", q)
+
+
+def written_rows(op: str, name: str, x: Tensor) -> None:
+    """Checks an output: no copy can stand in for it, and its elements may not share memory."""
+    expanded = any(x.stride(d) == 0 and x.shape[d] > 1 for d in range(3))
+    if expanded or (x.stride(3) != 1 and x.shape[3] > 1):
+        expected = f"{name} with rows of their own, last dimension contiguous"
+        remedy = "pass memory that is not expanded or transposed in the last dimension"
+        refuse(op, expected, f"strides {list(x.stride())}", remedy)
 
 
 def output(op: str, out: Tensor) -> None:

@@ -330,10 +330,11 @@ def _check_block_forward(
     checks.query(op, q, scale=scale, softcap=softcap)
     shape = (*q.shape[:3], wide.shape[-1])
     if acc is not None and m is not None and l is not None:
-        checks.state(op, acc, m, l, q)
+        checks.state(op, acc, m, l, shape, q)
     if out is not None:
         checks.rows(op, "out", out, shape, "[batch, heads, q_len, v_head_dim]", q)
         checks.head_dim(op, "out", out)
+        checks.written_rows(op, "out", out)
     if lse is not None:
         checks.dense(op, "lse", lse, shape[:3], "[batch, heads, q_len]", q)
     if sinks is not None:
@@ -457,8 +458,8 @@ def _check_combine(
     other_m: Tensor,
     other_l: Tensor,
 ) -> None:
-    checks.state("combine_", acc, m, l, acc)
     shape = tuple(acc.shape)
+    checks.state("combine_", acc, m, l, shape, acc)
     checks.dense("combine_", "other_acc", other_acc, shape, "shaped like acc", acc)
     checks.dense("combine_", "other_m", other_m, shape[:3], "shaped like m", acc)
     checks.dense("combine_", "other_l", other_l, shape[:3], "shaped like l", acc)
@@ -504,9 +505,10 @@ def _check_finish(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    checks.rows("finish_", "out", out, tuple(acc.shape), "shaped like acc", out)
-    checks.state("finish_", acc, m, l, out)
-    checks.dense("finish_", "lse", lse, tuple(acc.shape[:3]), "[batch, heads, q_len]", out)
+    checks.output("finish_", out)
+    checks.written_rows("finish_", "out", out)
+    checks.state("finish_", acc, m, l, tuple(out.shape), out)
+    checks.dense("finish_", "lse", lse, tuple(out.shape[:3]), "[batch, heads, q_len]", out)
 
 
 torch.library.register_fake("ring_attention::finish_", _check_finish)

@@ -80,7 +80,7 @@ def attention(
     if sinks is not None:
         s = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], dim=-1)
     if s.shape[-1] == 0:
-        s = s.new_full((*s.shape[:3], 1), -math.inf)
+        s = torch.nn.functional.pad(s, (0, 1), value=-math.inf)
     # Any finite m gives the same result: it only keeps exp in range, so it is no part of the graph.
     m = s.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
     p = torch.exp(s - m)
