@@ -153,8 +153,8 @@ class Layout:
 
     def _shard(self, name: str, x: Tensor, rank: int, dim: int) -> Tensor:
         self._check("shard", name, x, dim, self.length)
-        runs = self.runs(rank)
-        if all(count <= 1 for *_, count in runs):
+        runs = [run for run in self.runs(rank) if run[1] * run[3] > 0]
+        if runs and all(count == 1 for *_, count in runs):  # chunks: slices copy faster than rows
             return torch.cat([x.narrow(dim, start, block) for start, block, *_ in runs], dim)
         return x.index_select(dim, self.positions(rank).to(x.device))
 

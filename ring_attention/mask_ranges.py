@@ -38,7 +38,7 @@ def _rows(name: str, values: Any) -> Tensor:
     if rows.dim() not in (1, 2) or rows.is_floating_point() or rows.is_complex():
         shape = f"{rows.dtype} of shape {tuple(rows.shape)}"
         refuse(name, "integers [S] or [B, S]", shape, "pass one integer per position")
-    return rows.to("cpu", torch.int64).reshape(-1, rows.shape[-1])
+    return torch.atleast_2d(rows.to("cpu", torch.int64))
 
 
 def _starts(first: Tensor) -> tuple[int, ...]:

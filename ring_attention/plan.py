@@ -37,8 +37,8 @@ class Transfer:
     Attributes:
         peer: the rank in the group that it goes to or comes from.
         origin: the rank that owns the rows.
-        hop: its place in the order that all ranks follow: between two ranks, K/V of hop t come
-            before gradients of hop t, and those before K/V of hop t + 2.
+        hop: its place in the order in which all ranks post: K/V of hop t, then gradients of
+            hop t - 1, then K/V of hop t + 1.
         ranges: which rows, as the planner keeps them; see Step for what they count from.
     """
 

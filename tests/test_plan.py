@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import random
+import subprocess
+import sys
+import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,32 +21,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ring_attention.layout import LAYOUTS, Layout
+import ring_attention.plan as plan_module
+from ring_attention.layout import LAYOUTS, Contiguous, Layout, Striped, Zigzag
 from ring_attention.mask import (
     MASKS,
+    Causal,
+    Documents,
+    FirstTokens,
+    Full,
+    KeyLength,
     Mask,
+    Window,
 )
 from ring_attention.plan import GENERATORS, Plan, Step, Transfer, plan
 from strategies import layouts, masks
 
 
-class Box:
-    """Messages on their way, in order per (from, to, kind)."""
+@dataclass
+class Message:
+    """One side of a message, with its place in the order in which all ranks post."""
+
+    kind: str
+    transfer: Transfer
+    rows: Tensor  # global positions: those sent, or those that the receiver expects
+    matched: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        hop = self.transfer.hop
+        return (hop, 0) if self.kind == "kv" else (hop + 1, 1)
+
+
+class Wire:
+    """Matches the two sides of messages by order alone, like NCCL, and without buffers."""
 
     def __init__(self) -> None:
-        self.ways: dict[tuple[int, int, str], deque[Tensor]] = defaultdict(deque)
-        self.moves = 0
+        self.waiting: dict[tuple[int, int, bool], deque[Message]] = defaultdict(deque)
+        self.matches = 0
 
-    def put(self, way: tuple[int, int, str], message: Tensor) -> None:
-        self.ways[way].append(message)
-        self.moves += 1
-
-    def take(self, way: tuple[int, int, str]) -> Tensor:
-        self.moves += 1
-        return self.ways[way].popleft()
-
-    def __contains__(self, way: tuple[int, int, str]) -> bool:
-        return bool(self.ways[way])
+    def post(self, source: int, to: int, sending: bool, message: Message) -> None:
+        others = self.waiting[source, to, not sending]
+        if not others:
+            self.waiting[source, to, sending].append(message)
+            return
+        other = others.popleft()
+        assert other.place == message.place and other.transfer.origin == message.transfer.origin
+        assert torch.equal(other.rows, message.rows)
+        other.matched = message.matched = True
+        self.matches += 1
 
 
 def take(block: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
@@ -47,54 +77,58 @@ def take(block: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.cat([block[a:b] for a, b in rows])
 
 
-def run_rank(p: Plan, box: Box, folded: Tensor) -> Iterator[None]:
-    """Runs one plan as the ring loop does; yields while a message is missing.
+def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
+    """Runs one plan as the ring's backward does, which sends all there is; yields when it waits.
 
-    The forward and the backward pass are run at once. `folded` [B, q_len, k_len] counts folds.
+    `folded` [B, q_len, k_len] counts how often each pair was folded.
     """
     queries = p.q_layout.positions(p.rank)
     keys = [p.k_layout.positions(r) for r in range(p.world_size)]
     held = {p.rank: keys[p.rank]}
-    late: list[tuple[Transfer, str]] = []
+    gradients: dict[int, Tensor] = {}  # touched rows of the last folds, as positions
+    previous: Step | None = None
 
-    def post(kind: str, transfers: tuple[Transfer, ...], blocks: dict[int, Tensor]) -> None:
-        for t in transfers:
-            assert t.peer != p.rank
-            box.put((p.rank, t.peer, kind), take(blocks[t.origin], t.rows))
-
-    def wait(kind: str, t: Transfer) -> Iterator[None]:
-        while (t.peer, p.rank, kind) not in box:
-            yield
-        got = box.take((t.peer, p.rank, kind))
-        assert torch.equal(got, take(keys[t.origin], t.rows)), (p, t)
-        if kind == "kv":
-            assert t.origin not in held
-            held[t.origin] = got
+    def hop(step: Step | None, previous: Step | None) -> list[Message]:
+        batch = []
+        for t in step.sends if step else ():
+            batch.append((True, Message("kv", t, take(held[t.origin], t.rows))))
+        for t in step.recvs if step else ():
+            batch.append((False, Message("kv", t, take(keys[t.origin], t.rows))))
+        for t in previous.grad_sends if previous else ():
+            assert t.peer == t.origin
+            batch.append((True, Message("grad", t, gradients.pop(t.origin))))
+        for t in previous.grad_recvs if previous else ():
+            assert t.origin == p.rank
+            batch.append((False, Message("grad", t, take(keys[t.origin], t.rows))))
+        for sending, message in sorted(batch, key=lambda pair: pair[1].place):
+            peer = message.transfer.peer
+            assert peer != p.rank
+            wire.post(*((p.rank, peer) if sending else (peer, p.rank)), sending, message)
+        return [message for _, message in batch]
 
     for step in p.steps:
-        post("kv", step.sends, held)
-        touched = {}
+        messages = hop(step, previous)
+        assert not gradients
         for origin in step.folds:
-            block = held[origin]
-            touched[origin] = fold(p, origin, queries, block, folded)
-        assert {t.origin for t in step.grad_sends} == set(step.folds) - {p.rank}
+            touched = fold(p, origin, queries, held[origin], folded)
+            if origin != p.rank:
+                gradients[origin] = held[origin][touched]
+        assert gradients.keys() == {t.origin for t in step.grad_sends}
         for t in step.grad_sends:
-            assert t.peer == t.origin
-            rows = torch.cat([torch.arange(a, b) for a, b in t.rows])
-            assert torch.equal(rows, touched[t.origin].nonzero()[:, 0]), (p, t)
-        post("grad", step.grad_sends, held)
-        for t, kind in late:
-            yield from wait(kind, t)
+            assert torch.equal(take(held[t.origin], t.rows), gradients[t.origin])
+        while not all(m.matched for m in messages):
+            yield
         for t in step.recvs:
-            yield from wait("kv", t)
-        late = [(t, "grad") for t in step.grad_recvs]
-        assert all(t.origin == p.rank for t in step.grad_recvs)
+            assert t.origin not in held
+            held[t.origin] = take(keys[t.origin], t.rows)
         for origin in step.release:
             assert origin != p.rank
             del held[origin]
         assert len(held) <= 3  # the own block and two travelling ones
-    for t, kind in late:
-        yield from wait(kind, t)
+        previous = step
+    messages = hop(None, previous)
+    while not all(m.matched for m in messages):
+        yield
     assert list(held) == [p.rank]
 
 
@@ -102,13 +136,13 @@ def fold(p: Plan, origin: int, queries: Tensor, block: Tensor, folded: Tensor) -
     """Counts what the key intervals let every query see; returns which held rows were seen."""
     begin, end = p.intervals(origin)
     assert begin.dtype == end.dtype == torch.int32 and begin.shape == end.shape
-    assert begin.shape[2] == len(queries) and begin.shape[1] in (1, folded.shape[0])
+    assert begin.shape[2] == len(queries) > 0 and begin.shape[1] in (1, folded.shape[0])
     assert bool(((begin >= 0) & (begin <= end) & (end <= len(block))).all())
     rows = torch.arange(len(block))
     seen = ((begin[..., None] <= rows) & (rows < end[..., None])).sum(0)
+    assert bool(seen.any())
     seen = seen.expand(folded.shape[0], len(queries), len(block)).to(folded.dtype)
     folded[:, queries[:, None], block[None]] += seen
-    assert len(block) > 0 and len(queries) > 0
     return seen.flatten(0, 1).any(0)
 
 
@@ -116,67 +150,74 @@ def run(plans: list[Plan]) -> Tensor:
     """Runs all ranks' plans against each other; returns how often each pair was folded."""
     p = plans[0]
     folded = torch.zeros(p.mask.batch, p.q_layout.length, p.k_layout.length, dtype=torch.int32)
-    box = Box()
-    ranks = [run_rank(plan, box, folded) for plan in plans]
+    wire = Wire()
+    ranks = [run_rank(plan, wire, folded) for plan in plans]
     while ranks:
-        before = box.moves
+        before = wire.matches
         running = [r for r in ranks if next(r, "done") != "done"]
-        assert len(running) < len(ranks) or box.moves > before, "ranks wait for each other"
+        assert len(running) < len(ranks) or wire.matches > before, "ranks wait for each other"
         ranks = running
-    assert not any(box.ways.values()), "messages that nobody received"
+    assert not any(wire.waiting.values()), "messages that nobody received"
     return folded
 
 
-def expected_rows(dense: Tensor, p: Plan, origin: int, readers: list[int]) -> int:
+def rows_seen(dense: Tensor, p: Plan, origin: int, readers: list[int]) -> int:
+    """How many rows of a block some query of some reader sees."""
     queries = torch.cat([p.q_layout.positions(r) for r in readers])
     keys = p.k_layout.positions(origin)
     return int(dense[:, queries][:, :, keys].flatten(0, 1).any(0).sum())
 
 
+def plans_of(mask: Mask, q: Layout, k: Layout, generator: str = "auto") -> list[Plan]:
+    ranks = range(q.world_size)
+    return [plan(mask, q_layout=q, k_layout=k, rank=r, generator=generator) for r in ranks]
+
+
 def check(mask: Mask, q: Layout, k: Layout, generator: str) -> None:
-    world = q.world_size
-    plans = [plan(mask, q_layout=q, k_layout=k, rank=r, generator=generator) for r in range(world)]
+    """Everything there is to say about the plans of all ranks."""
+    plans = plans_of(mask, q, k, generator)
     dense = mask.dense(q.length, k.length)
     assert torch.equal(run(plans), dense.to(torch.int32)), (mask, q, k)
     assert len({p.digest for p in plans}) == 1
     shared = len(mask.segments(q.length, k.length)) == 1
     for p in plans:
-        here = dense[:1] if shared else dense
-        pairs = here[:, q.positions(p.rank)]
+        pairs = (dense[:1] if shared else dense)[:, q.positions(p.rank)]
         for step in p.steps:
-            count = sum(int(pairs[:, :, k.positions(o)].sum()) for o in step.folds)
-            assert step.flops == count, (p, step)
-            check_minimal(dense, p, step, generator)
+            assert step.flops == sum(int(pairs[:, :, k.positions(o)].sum()) for o in step.folds)
+            check_minimal(dense, p, step)
         own = pairs[:, :, k.positions(p.rank)].sum((0, 1)).cumsum(0)
         total = int(own[-1]) if len(own) else 0
         half = [0, *(2 * own).tolist()]
         assert half[p.own_split] >= total and (p.own_split == 0 or half[p.own_split - 1] < total)
+        assert [s.number for s in p.steps] == sorted({s.number for s in p.steps})
         assert all(s.folds + s.sends + s.recvs + s.grad_sends + s.grad_recvs for s in p.steps[1:])
 
 
-def check_minimal(dense: Tensor, p: Plan, step: Step, generator: str) -> None:
-    world = p.world_size
+def check_minimal(dense: Tensor, p: Plan, step: Step) -> None:
+    """No row travels that nobody down the line reads."""
     for t in step.sends:
-        if generator == "direct":
+        if p.generator == "direct":
             readers = [t.peer]
         else:
-            assert t.peer == (p.rank + 1) % world
-            readers = [(t.peer + n) % world for n in range((t.origin - t.peer) % world)]
-        assert t.num_rows == expected_rows(dense, p, t.origin, readers), (p, t)
-    for t in step.grad_sends:
-        assert t.num_rows == expected_rows(dense, p, t.origin, [p.rank])
+            assert t.peer == (p.rank + 1) % p.world_size
+            readers = [
+                (t.peer + n) % p.world_size for n in range((t.origin - t.peer) % p.world_size)
+            ]
+        assert t.num_rows == sum(b - a for a, b in t.rows) == rows_seen(dense, p, t.origin, readers)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("make", LAYOUTS)
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
-def test_every_mask_on_every_layout(mask: Mask, make: object, generator: str) -> None:
+def test_every_mask_on_every_layout(
+    mask: Mask, make: Callable[[int, int], Layout], generator: str
+) -> None:
     for length, world in ((1, 1), (23, 2), (24, 3), (37, 4), (5, 8), (61, 7)):
         check(mask, make(length, world), make(length, world), generator)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_random_masks_and_layouts(generator: str, data: st.DataObject) -> None:
     world = data.draw(st.integers(1, 8))
@@ -184,3 +225,198 @@ def test_random_masks_and_layouts(generator: str, data: st.DataObject) -> None:
     k_len = data.draw(st.one_of(st.just(q_len), st.integers(0, 48)))
     mask = data.draw(masks(q_len, k_len))
     check(mask, data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world)), generator)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_counts_in_closed_form(data: st.DataObject) -> None:
+    """Pairs over many rounds of stripes, with strides that match and that do not."""
+    q_len, k_len = data.draw(st.integers(100, 400)), data.draw(st.integers(100, 400))
+    world = data.draw(st.integers(1, 4))
+    mask = data.draw(masks(q_len, k_len))
+    q, k = data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world))
+    table = mask.segments(q_len, k_len)
+    dense = mask.dense(q_len, k_len)[: len(table)]
+    for p in plans_of(mask, q, k):
+        mine = dense[:, q.positions(p.rank)]
+        for step in p.steps:
+            for origin in step.folds:
+                assert step.flops == int(mine[:, :, k.positions(origin)].sum())
+
+
+def steps_of(p: Plan) -> list[tuple[tuple[int, ...], list[Any], list[Any]]]:
+    return [
+        (s.folds, [(t.peer, t.rows) for t in s.sends], [(t.peer, t.rows) for t in s.recvs])
+        for s in p.steps
+    ]
+
+
+def test_by_hand() -> None:
+    window = plan(Window(2, 0), Contiguous(12, 3), rank=1)
+    assert steps_of(window) == [
+        ((1,), [(2, ((2, 4),))], [(0, ((2, 4),))]),
+        ((0,), [], []),
+    ]
+    assert [t.rows for t in window.steps[1].grad_sends] == [((0, 2),)]
+    assert [t.rows for s in window.steps for t in s.grad_recvs] == [((2, 4),)]
+    assert window.steps[1].release == (0,)
+    assert window.flops == (9, 3) and window.rows == (2, 0)
+    begin, end = window.intervals(0)
+    assert begin.tolist() == [[[0, 1, 0, 0]]] and end.tolist() == [[[2, 2, 0, 0]]]
+
+    alone = plan(Causal() & Documents([0, 4, 8, 12]), Contiguous(12, 3), rank=1)
+    assert steps_of(alone) == [((1,), [], [])]
+
+    first = plan(Causal(), Contiguous(4, 2), rank=0)
+    assert steps_of(first) == [((0,), [(1, ((0, 2),))], [])]
+    assert [t.peer for t in first.steps[0].grad_recvs + first.steps[-1].grad_recvs] == [1, 1]
+
+
+def test_one_rank_and_nothing_at_all() -> None:
+    p = plan(Causal(), Contiguous(5, 1))
+    assert steps_of(p) == [((0,), [], [])] and p.flops == (15,)
+    assert steps_of(plan(Causal(), Contiguous(0, 1))) == [((), [], [])]
+    assert steps_of(plan(Causal() & KeyLength(0), Zigzag(9, 3), rank=2)) == [((), [], [])]
+    cross = plan(Full(), q_layout=Contiguous(0, 2), k_layout=Contiguous(8, 2), rank=1)
+    assert steps_of(cross) == [((), [], [])]
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(9, 0), Window(9, 9)], ids=repr)
+@pytest.mark.parametrize("layout", [Zigzag(160, 8), Contiguous(160, 8), Striped(160, 8, 10)])
+def test_transfers_hide(mask: Mask, layout: Layout) -> None:
+    """Every block that arrives does so while another one is folded."""
+    for p in plans_of(mask, layout, layout):
+        for step in p.steps:
+            assert step.folds or not step.recvs, (p, step)
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_direct_never_sends_more_than_chain(data: st.DataObject) -> None:
+    world, length = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 40))
+    mask, layout = data.draw(masks(length, length)), data.draw(layouts(length, world))
+    direct, chain = (
+        sum(sum(p.rows) for p in plans_of(mask, layout, layout, g)) for g in ("direct", "chain")
+    )
+    assert direct <= chain
+    assert plan(mask, layout, rank=0).generator == "direct"
+
+
+def test_uniform_rows_take_no_memory() -> None:
+    p = plan(Full(), Zigzag(1 << 20, 4), rank=1)
+    for origin in range(4):
+        begin, end = p.intervals(origin)
+        assert begin.shape == (1, 1, 1 << 18) and begin.stride(2) == end.stride(2) == 0
+        assert begin.untyped_storage().nbytes() <= 64
+        assert int(begin[0, 0, 0]) == 0 and int(end[0, 0, 0]) == 1 << 18
+    padded = plan(KeyLength([5, 7]), Contiguous(16, 2), rank=1).intervals(0)
+    assert [t[0, :, 0].tolist() for t in padded] == [[0, 0], [5, 7]] and padded[0].stride(2) == 0
+
+
+def test_interval_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = plan(Causal(), Striped(4096, 8), rank=7)
+    one = p.intervals(0)
+    assert p.intervals(0)[0] is one[0]
+    each = one[0].untyped_storage().nbytes() + one[1].untyped_storage().nbytes()
+    monkeypatch.setattr(plan_module, "INTERVAL_CACHE_BYTES", 3 * each)
+    for origin in range(8):
+        p.intervals(origin)
+    kept = [origin for origin in range(8) if p._cache.get(origin) is not None]
+    assert kept == [5, 6, 7]
+    again = p.intervals(0)
+    assert again[0] is not one[0] and torch.equal(again[0], one[0])
+
+
+def test_digest_is_the_same_everywhere() -> None:
+    code = (
+        "from ring_attention.plan import plan; from ring_attention.layout import Zigzag;"
+        "from ring_attention.mask import Causal, Documents;"
+        "print(plan(Causal() & Documents([0, 4, 9]), Zigzag(9, 3), rank=2).digest)"
+    )
+    here = plan(Causal() & Documents([0, 4, 9]), Zigzag(9, 3), rank=0).digest
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert int(there.stdout) == here and 0 <= here < 2**63
+
+
+def test_digest_tells_plans_apart() -> None:
+    documents = Causal() & Documents([0, 4, 9])
+    plans = [
+        plan(documents, Zigzag(9, 3), rank=0),
+        plan(Causal() & Documents([0, 5, 9]), Zigzag(9, 3), rank=0),
+        plan(documents, Zigzag(9, 3), rank=0, generator="chain"),
+        plan(documents, Contiguous(9, 3), rank=0),
+        plan(documents, Striped(9, 3), rank=0),
+        plan(documents, Striped(9, 3, 2), rank=0),
+        plan(documents, Zigzag(9, 1), rank=0),
+        plan(documents, q_layout=Zigzag(9, 3), k_layout=Contiguous(9, 3), rank=0),
+        plan(documents, q_layout=Contiguous(9, 3), k_layout=Zigzag(9, 3), rank=0),
+    ]
+    assert len({p.digest for p in plans}) == len(plans)
+    assert plan(documents, Zigzag(9, 3), rank=0) == plans[0] != plans[1]
+
+
+def test_plan_is_a_value_with_conveniences() -> None:
+    p = plan(Causal(), Zigzag(8, 2), rank=1)
+    assert torch.equal(p.positions(), Zigzag(8, 2).positions(1))
+    assert p.shard({"x": torch.arange(8)[None]})["x"].tolist() == [[2, 3, 4, 5]]
+    assert plan(Causal(), Zigzag(8, 1)).unshard(torch.arange(8.0)[None], None)[0, 3] == 3
+    assert repr(p) == (
+        "Plan(Causal(bottom_right=False) on Zigzag(length=8, world_size=2), direct, rank 1 of 2: "
+        "2 steps, 18 pairs, 4 rows sent)"
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.rank = 0  # type: ignore[misc]
+    assert int(p.handle[1]) == p.digest
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: plan(Causal()), "expected layout, or q_layout and k_layout"),
+    (lambda: plan(Causal(), Zigzag(8, 2), k_layout=Zigzag(8, 2), rank=0), "expected layout, or q"),
+    (lambda: plan(Causal(), q_layout=Zigzag(8, 2), rank=0), "expected a Layout as k_layout"),
+    (lambda: plan(torch.ones(8, 8), Zigzag(8, 2), rank=0), "plan: expected a Mask"),  # type: ignore[arg-type]
+    (lambda: plan(Causal(), Zigzag(8, 2)), "expected rank or group"),
+    (lambda: plan(Causal(), Zigzag(8, 2), rank=2), r"expected a rank in \[0, 2\), got 2"),
+    (lambda: plan(Causal(), Zigzag(8, 2), rank=0, generator="tree"), "generator of .*got 'tree'"),
+    (
+        lambda: plan(Full(), q_layout=Zigzag(8, 2), k_layout=Zigzag(8, 4), rank=0),
+        r"layouts of one world size, got \(2, 4\)",
+    ),
+    (lambda: plan(Documents([0, 7]), Zigzag(8, 2), rank=0), "end at q_len = 8, got 7"),
+    (lambda: plan(Full(), Contiguous(1 << 32, 2), rank=0), r"shards below 2\*\*31 rows"),
+    (lambda: plan(Causal(), Contiguous(8, 2), rank=0).intervals(1), r"an origin of \[0\], got 1"),
+]
+
+
+@pytest.mark.parametrize("bad,message", BAD, ids=[message for _, message in BAD])
+def test_refusals(bad: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bad()
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("make", LAYOUTS)
+def test_planning_a_million_tokens_is_quick(
+    make: Callable[[int, int], Layout], generator: str
+) -> None:
+    """10,000 documents on 64 ranks: about 0.2 s at worst, on one core that is otherwise idle."""
+    length = 1 << 20
+    cuts = sorted(random.Random(0).sample(range(1, length), 9999))
+    mask, layout = Causal() & Documents([0, *cuts, length]), make(length, 64)
+    start_s = time.process_time()
+    p = plan(mask, layout, rank=17, generator=generator)
+    assert time.process_time() - start_s < 0.8
+    assert sum(p.flops) > 0
+
+
+def test_planning_does_not_depend_on_the_length() -> None:
+    """64 billion tokens: nothing of the length's size is ever made."""
+    mask = Causal() & (FirstTokens(4) | Window(4095, 0))
+    for make in LAYOUTS:
+        start_s = time.process_time()
+        assert plan(mask, make(1 << 36, 64), rank=5).steps
+        assert time.process_time() - start_s < 0.2
+
+
+def test_examples() -> None:
+    names = {"Causal": Causal, "Zigzag": Zigzag}
+    assert doctest.testmod(plan_module, extraglobs=names).failed == 0

@@ -83,19 +83,11 @@ std::vector<Step> chain(const Reads& reads, int64_t rank) {
   return hops;
 }
 
-// Whether a K/V message would overtake a gradient message to or from the same peer.
-bool overtakes(const std::vector<Transfer>& kv, const std::vector<Transfer>& gradients) {
-  for (const Transfer& message : kv) {
-    for (const Transfer& gradient : gradients) {
-      if (gradient.peer == message.peer && gradient.hop + 1 < message.hop) return true;
-    }
-  }
-  return false;
-}
-
-// Whether the transfers of a hop without folds may be posted with those of the step before it: what
-// it sends is held by then, gradients of that step, which are posted after it, are not overtaken,
-// and no step has more than one message of a kind, so that two K/V buffers are enough.
+// Whether the transfers of a hop without folds may be posted with those of the step before it: it
+// is the very next hop, what it sends is held by then, and no step gets more than one message of a
+// kind, so that two K/V buffers are enough. (A later hop would overtake that step's gradients,
+// which are posted after it: ranks could wait for each other, and NCCL would match the wrong
+// messages.)
 bool may_join(const Step& step, const Step& hop) {
   const auto one = [](const std::vector<Transfer>& a, const std::vector<Transfer>& b) {
     return a.size() + b.size() <= 1;
@@ -105,8 +97,7 @@ bool may_join(const Step& step, const Step& hop) {
       if (recv.origin == send.origin) return false;
     }
   }
-  return hop.folds.empty() && !overtakes(hop.sends, step.grad_sends) &&
-         !overtakes(hop.recvs, step.grad_recvs) && one(step.sends, hop.sends) &&
+  return hop.folds.empty() && hop.number == step.number + 1 && one(step.sends, hop.sends) &&
          one(step.recvs, hop.recvs) && one(step.grad_recvs, hop.grad_recvs);
 }
 

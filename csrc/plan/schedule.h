@@ -5,12 +5,12 @@
 // Note [schedule]. A generator lists, per hop, what this rank folds and which messages it posts, in
 // rows of the origin's shard. finish() then makes the executable plan: empty hops vanish, rows
 // become relative to the blocks as held, the transfers of a hop without a fold move under the fold
-// before it, which hides them, and blocks are released after their last use. Every rank decides so
-// on its own, because
-//   * no ring of ranks can wait for itself: a rank waits for a message of hop t only when it has
-//     posted everything of hops up to t, and waited only for hops before t until then;
-//   * messages between two ranks keep one order, which is all that NCCL has to match them:
-//     K/V of hop t, gradients of hop t - 1, K/V of hop t + 1 ... (see may_join).
+// at the hop before it, which hides them, and blocks are released after their last use. Every rank
+// decides so on its own, because all ranks post messages in one order: K/V of hop t, gradients of
+// hop t - 1, K/V of hop t + 1 ..., where a rank that waits has posted everything up to some place
+// in that order and nothing after it. So the first message in that order that is still under way is
+// posted on both sides: ranks never wait for each other in a circle, and NCCL, which matches
+// messages between two ranks by order alone, matches the right ones.
 #pragma once
 
 #include <cstdint>
