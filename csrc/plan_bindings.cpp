@@ -105,6 +105,14 @@ py::tuple range_tuples(const Ranges& ranges) {
   return out;
 }
 
+// Writes the integers of the ranges, int64 [size].
+void fill_indices(const Ranges& ranges, int64_t out) {
+  auto* index = reinterpret_cast<int64_t*>(out);
+  for (const Range& range : ranges.list()) {
+    for (int64_t i = range.begin; i < range.end; ++i) *index++ = i;
+  }
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -128,6 +136,7 @@ PYBIND11_MODULE(_planner, m) {
       .def("tuples", &range_tuples)
       .def("__len__", [](const Ranges& self) { return self.list().size(); })
       .def("__eq__", [](const Ranges& self, const Ranges& other) { return self == other; })
+      .def("fill", &fill_indices, py::arg("out"), Release())
       .def_property_readonly("rows", &Ranges::size);
 
   py::class_<Segments>(m, "Segments")

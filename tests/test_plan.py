@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import importlib
 import random
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ring_attention.plan as plan_module
 from ring_attention.layout import LAYOUTS, Contiguous, Layout, Striped, Zigzag
 from ring_attention.mask import (
     MASKS,
@@ -35,6 +35,9 @@ from ring_attention.mask import (
 )
 from ring_attention.plan import GENERATORS, Plan, Step, Transfer, plan
 from strategies import layouts, masks
+
+# The package's attribute of this name is the function.
+plan_module = importlib.import_module("ring_attention.plan")
 
 
 @dataclass
@@ -71,10 +74,13 @@ class Wire:
         self.matches += 1
 
 
-def take(block: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
+def take(block: Tensor, transfer: Transfer) -> Tensor:
+    rows = transfer.rows
     assert rows and all(0 <= a < b <= len(block) for a, b in rows)
     assert all(end < begin for (_, end), (begin, _) in pairwise(rows))
-    return torch.cat([block[a:b] for a, b in rows])
+    taken = torch.cat([block[a:b] for a, b in rows])
+    assert torch.equal(taken, block[transfer.index()]) and len(taken) == transfer.num_rows
+    return taken
 
 
 def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
@@ -91,15 +97,15 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
     def hop(step: Step | None, previous: Step | None) -> list[Message]:
         batch = []
         for t in step.sends if step else ():
-            batch.append((True, Message("kv", t, take(held[t.origin], t.rows))))
+            batch.append((True, Message("kv", t, take(held[t.origin], t))))
         for t in step.recvs if step else ():
-            batch.append((False, Message("kv", t, take(keys[t.origin], t.rows))))
+            batch.append((False, Message("kv", t, take(keys[t.origin], t))))
         for t in previous.grad_sends if previous else ():
             assert t.peer == t.origin
             batch.append((True, Message("grad", t, gradients.pop(t.origin))))
         for t in previous.grad_recvs if previous else ():
             assert t.origin == p.rank
-            batch.append((False, Message("grad", t, take(keys[t.origin], t.rows))))
+            batch.append((False, Message("grad", t, take(keys[t.origin], t))))
         for sending, message in sorted(batch, key=lambda pair: pair[1].place):
             peer = message.transfer.peer
             assert peer != p.rank
@@ -115,12 +121,12 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
                 gradients[origin] = held[origin][touched]
         assert gradients.keys() == {t.origin for t in step.grad_sends}
         for t in step.grad_sends:
-            assert torch.equal(take(held[t.origin], t.rows), gradients[t.origin])
+            assert torch.equal(take(held[t.origin], t), gradients[t.origin])
         while not all(m.matched for m in messages):
             yield
         for t in step.recvs:
             assert t.origin not in held
-            held[t.origin] = take(keys[t.origin], t.rows)
+            held[t.origin] = take(keys[t.origin], t)
         for origin in step.release:
             assert origin != p.rank
             del held[origin]

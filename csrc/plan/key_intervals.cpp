@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 namespace ring_attention::plan {
 
@@ -49,15 +50,41 @@ Row local_row(const Stretch& stretch, int64_t p, const Shard& keys) {
   return row;
 }
 
+// Finds the held rows that intervals lie in; ascending intervals are found in linear time in all.
+class Finder {
+ public:
+  explicit Finder(const Ranges& held) : list_(held.list()) {
+    int64_t before = 0;
+    for (const Range& range : list_) {
+      shifts_.push_back(before - range.begin);
+      before += range.end - range.begin;
+    }
+  }
+
+  // What turns rows of the shard into rows of the block as held, at seen. One cursor per interval
+  // of a row: first tokens and a window move independently.
+  int64_t shift(const Range& seen, size_t& cursor) const {
+    if (cursor == list_.size() || seen.begin < list_[cursor].begin) {
+      cursor = std::partition_point(list_.begin(), list_.end(),
+                                    [&](const Range& h) { return h.end < seen.end; }) -
+               list_.begin();
+    }
+    while (cursor < list_.size() && list_[cursor].end < seen.end) ++cursor;
+    if (cursor == list_.size() || seen.begin < list_[cursor].begin) {
+      throw std::logic_error("planner: a query sees a row that is not held");
+    }
+    return shifts_[cursor];
+  }
+
+ private:
+  const std::vector<Range>& list_;
+  std::vector<int64_t> shifts_;  // per range
+};
+
 }  // namespace
 
 KeyIntervals::KeyIntervals(const Reads& reads, int64_t rank, int64_t origin, const Ranges& held)
     : reads_(reads), queries_(reads.q().shard(rank)), keys_(reads.k().shard(origin)), held_(held) {
-  int64_t before = 0;
-  for (const Range& range : held_.list()) {
-    before_.push_back(before);
-    before += range.end - range.begin;
-  }
   // Bounds never fall inside a segment: if its first and last row agree, all its rows do.
   for (const Segments& mask : reads_.samples()) {
     int64_t rows = 0;
@@ -69,6 +96,7 @@ KeyIntervals::KeyIntervals(const Reads& reads, int64_t rank, int64_t origin, con
           throw std::invalid_argument("planner: too many key intervals per row");
         }
         most_ = std::max(most_, stretch.size);
+        if (!uniform_) return;
         for (const Run& part : clip(run, stretch.first->begin, stretch.first->end)) {
           rows += part.rows();
           const Row first = local_row(stretch, part.start, keys_);
@@ -89,36 +117,30 @@ int KeyIntervals::fill(int32_t* begin, int32_t* end) const {
   const int64_t samples = static_cast<int64_t>(reads_.samples().size());
   std::fill(begin, begin + most_ * samples * rows(), 0);
   std::fill(end, end + most_ * samples * rows(), 0);
+  const Finder finder(held_);
   int used = 1;
   for (int64_t b = 0; b < samples; ++b) {
+    size_t cursors[kMaxIntervals] = {};
+    const auto write = [&](const Row& row, int64_t index) {
+      for (int n = 0; n < row.size; ++n) {
+        const Range& seen = row.intervals[n];
+        const int64_t shift = finder.shift(seen, cursors[n]);
+        const int64_t at = (n * samples + b) * rows() + index;
+        begin[at] = static_cast<int32_t>(seen.begin + shift);
+        end[at] = static_cast<int32_t>(seen.end + shift);
+      }
+      used = std::max(used, row.size);
+    };
     for (size_t r = 0; r < queries_.runs().size(); ++r) {
       const Run& run = queries_.runs()[r];
-      size_t range = 0;  // of held_, where the last interval was
       for_each_stretch(run, reads_.samples()[b], [&](const Stretch& stretch) {
         for (const Run& part : clip(run, stretch.first->begin, stretch.first->end)) {
-          int64_t index = uniform_ ? 0 : queries_.offset(r) + run.count_below(part.start);
-          for (int64_t i = 0; i < part.rows(); ++i, ++index) {
-            const int64_t p = part.start + i / part.block * part.stride + i % part.block;
-            const Row row = local_row(stretch, p, keys_);
-            for (int n = 0; n < row.size; ++n) {
-              const Range& seen = row.intervals[n];
-              const auto& list = held_.list();
-              if (range >= list.size() || seen.begin < list[range].begin ||
-                  seen.end > list[range].end) {
-                range = std::partition_point(list.begin(), list.end(),
-                                             [&](const Range& h) { return h.end < seen.end; }) -
-                        list.begin();
-              }
-              if (range >= list.size() || seen.begin < list[range].begin) {
-                throw std::invalid_argument("planner: a query sees a row that is not held");
-              }
-              const int64_t shift = before_[range] - list[range].begin;
-              const int64_t at = (n * samples + b) * rows() + index;
-              begin[at] = static_cast<int32_t>(seen.begin + shift);
-              end[at] = static_cast<int32_t>(seen.end + shift);
+          if (uniform_) return write(local_row(stretch, part.start, keys_), 0);
+          int64_t index = queries_.offset(r) + run.count_below(part.start);
+          for (int64_t i = 0; i < part.count; ++i) {
+            for (int64_t j = 0; j < part.block; ++j) {
+              write(local_row(stretch, part.start + i * part.stride + j, keys_), index++);
             }
-            used = std::max(used, row.size);
-            if (uniform_) return;
           }
         }
       });

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "ranges.h"
 #include "reads.h"
@@ -29,7 +28,6 @@ class KeyIntervals {
   const Reads& reads_;
   const Shard &queries_, &keys_;
   const Ranges& held_;
-  std::vector<int64_t> before_;  // rows held in front of each range of held
   int most_ = 1;
   bool uniform_ = true;
 };
