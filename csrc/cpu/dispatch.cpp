@@ -15,6 +15,10 @@ namespace {
 bool always() { return true; }
 
 constexpr Isa kIsas[] = {
+#ifdef RA_X86
+    {"avx512", avx512::supported, always, avx512::forward, avx512::backward, avx512::peak_flops},
+    {"avx2", avx2::supported, always, avx2::forward, avx2::backward, avx2::peak_flops},
+#endif
     {"scalar", scalar::supported, always, scalar::forward, scalar::backward, scalar::peak_flops},
 };
 

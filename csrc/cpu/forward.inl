@@ -39,6 +39,7 @@ class Forward {
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kMostSum = 0x1p24;
+  static constexpr State kLargest = std::numeric_limits<State>::max();
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -206,7 +207,7 @@ class Forward {
   void first_reference(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
     State* m = m_ + u * tile_.panel;
     for (int64_t j = range.begin; j < range.end; j += kStripe) {
-      if (std::none_of(m, m + tile_.panel, [](State x) { return x == -kInfinity; })) return;
+      if (!any_below(m, -kLargest)) return;
       maximum(u, k, {j, std::min(j + kStripe, range.end)}, masked);
       for (int64_t i = 0; i < tile_.panel; ++i) {
         if (m[i] == -kInfinity) m[i] = block_l_[i];
@@ -218,9 +219,7 @@ class Forward {
   // what they had. True if there were any: the block is to be folded again.
   bool raise_reference(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
     const int64_t panel = tile_.panel;
-    if (std::none_of(block_l_, block_l_ + panel, [](State x) { return x > kMostSum; })) {
-      return false;
-    }
+    if (!any_above(block_l_, kMostSum)) return false;
     bool exceeded[Arch::kMaxPanel];
     for (int64_t i = 0; i < panel; ++i) exceeded[i] = block_l_[i] > kMostSum;
     maximum(u, k, range, masked);
@@ -238,6 +237,21 @@ class Forward {
       }
     }
     return true;
+  }
+
+  bool any_below(const State* x, State bound) const {
+    bool found = false;
+    for (int64_t i = 0; i < tile_.panel; i += kLanes) {
+      found |= V::any(less(V::load(x + i), V::set(bound)));
+    }
+    return found;
+  }
+  bool any_above(const State* x, State bound) const {
+    bool found = false;
+    for (int64_t i = 0; i < tile_.panel; i += kLanes) {
+      found |= V::any(less(V::set(bound), V::load(x + i)));
+    }
+    return found;
   }
 
   // Leaves in block_l_ each row's largest score, in log2 units, among the keys it sees.
@@ -311,7 +325,7 @@ class Forward {
       }
       State* acc = acc_ + i / panel * v_rows_ * panel + i % panel;
       for (int64_t d = 0; d < v_rows_; d += kLanes) {
-        transpose(row_ + d, v_rows_, acc + d * panel, panel, V{});
+        transpose_block(row_ + d, v_rows_, acc + d * panel, panel, V{});
       }
     }
   }

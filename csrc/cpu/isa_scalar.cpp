@@ -8,7 +8,24 @@
 #include "problem.h"
 #include "simd_scalar.h"
 
-namespace ring_attention::cpu::scalar {
+namespace ring_attention::cpu {
+namespace {
+
+template <typename Elem>
+struct ScalarArch : MultiplyAdd<Elem, Vec<StateOf<Elem>>> {
+  static constexpr int64_t kStripe = 16, kKeyBlock = 64, kTilePanels = 8, kMaxPanel = 16;
+  static constexpr int64_t panel_rows(int64_t) { return 16; }
+
+  template <typename Column>
+  static void with_register_tiles(const Column& column) {
+    column.template operator()<4, 2>();
+    column.template operator()<4, 1>();
+  }
+};
+
+}  // namespace
+
+namespace scalar {
 
 bool supported() { return true; }
 
@@ -28,4 +45,5 @@ double peak_flops(DType dtype, double seconds) {
   return result;
 }
 
-}  // namespace ring_attention::cpu::scalar
+}  // namespace scalar
+}  // namespace ring_attention::cpu

@@ -13,6 +13,43 @@
 namespace ring_attention::cpu {
 namespace {
 
+// Note [Arch]. What the algorithms know of an ISA and element type:
+//   Elem, State (what is summed), Unit, kPair (elements per unit), V
+//   kKeyStep, kDepthStep, kWidthStep   multiples that products want of keys, depth and lanes
+//   kStripe, kKeyBlock, kTilePanels, panel_rows(head_dim), with_register_tiles   tile shapes
+//   kExpTerms, kTransposeColumns, Session (held while a task runs)
+//   load_lanes, broadcast, multiply_add   the three steps of a product
+//   transpose, interleave, store_lanes, store_rows   operands, and results as operands
+// This is the part that all fused multiply-add rows share: units are widened elements.
+template <typename Element, typename Vector>
+struct MultiplyAdd {
+  using Elem = Element;
+  using State = StateOf<Elem>;
+  using Unit = State;
+  using V = Vector;
+  static constexpr int kPair = 1, kKeyStep = 1, kDepthStep = 1, kWidthStep = V::kLanes;
+  static constexpr int kExpTerms = sizeof(Elem) == 2 ? 4 : 6;
+  static constexpr bool kTransposeColumns = false, kOwnProduct = false;
+  struct Session {};
+
+  // Pinned: a compiler that folds the load back into every multiply-add is bound by loads.
+  static RA_INLINE V load_lanes(const Unit* from) {
+    V lanes = V::load(from);
+    pin(lanes);
+    return lanes;
+  }
+  static RA_INLINE V broadcast(const Unit* from) { return V::set(*from); }
+  static RA_INLINE V multiply_add(V a, V b, V c) { return fma(a, b, c); }
+  static RA_INLINE void transpose(const Unit* from, int64_t from_row, Unit* to, int64_t to_row) {
+    transpose_block(from, from_row, to, to_row, V{});
+  }
+  static RA_INLINE void store_lanes(const V (&x)[1], Unit* to) { x[0].store(to); }
+  static RA_INLINE void store_rows(const V (&x)[1], Unit* to, int64_t key, int64_t lane,
+                                   int64_t panel) {
+    x[0].store(to + key * panel + lane);
+  }
+};
+
 // A: element (i, k) at data[i * row + k * unit].
 template <typename Unit>
 struct Operand {
@@ -89,14 +126,18 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t width, int64_t uni
                                         Operand<typename Arch::Unit> a,
                                         const typename Arch::Unit* b, int64_t b_row,
                                         typename Arch::State* c, int64_t c_row, bool accumulate) {
-  constexpr int kLanes = Arch::V::kLanes;
-  int64_t j = 0;
-  const auto column = [&]<int kRows, int kVecs>() {
-    for (; j + kVecs * kLanes <= width; j += kVecs * kLanes) {
-      multiply_column<Arch, kRows, kVecs>(rows, units, a, b + j, b_row, c + j, c_row, accumulate);
-    }
-  };
-  Arch::with_register_tiles(column);
+  if constexpr (Arch::kOwnProduct) {
+    return Arch::product(rows, width, units, a, b, b_row, c, c_row, accumulate);
+  } else {
+    constexpr int kLanes = Arch::V::kLanes;
+    int64_t j = 0;
+    const auto column = [&]<int kRows, int kVecs>() {
+      for (; j + kVecs * kLanes <= width; j += kVecs * kLanes) {
+        multiply_column<Arch, kRows, kVecs>(rows, units, a, b + j, b_row, c + j, c_row, accumulate);
+      }
+    };
+    Arch::with_register_tiles(column);
+  }
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ double register_peak(double seconds) {
 #pragma GCC unroll 16
       for (int i = 0; i < kSums; ++i) {
         sum[i] = Arch::multiply_add(a, b, sum[i]);
-        asm volatile("" : "+x"(sum[i].raw));  // or the compiler would leave the loop out
+        pin(sum[i]);  // or the compiler would leave the loop out
       }
     }
   };

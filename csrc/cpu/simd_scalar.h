@@ -5,12 +5,11 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  /  fma(a, b, c)  max(a, b): b where either is NaN   less(a, b) -> Vec::Mask   & on masks
-//   select(mask, a, b)  any(mask)
+//   + - *  /  fma(a, b, c)  max(a, b): b where either is NaN   less(a, b) -> Vec::Mask
+//   select(mask, a, b)  Vec::any(mask)  pin(x): keeps x in a register
 //   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
 //   tanh(x)
-//   transpose(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units
-// and an Arch per element type: the tile shapes and the instruction that multiplies.
+//   transpose_block(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units
 #pragma once
 
 #include <algorithm>
@@ -47,6 +46,11 @@ struct Vec {
     Vec x;
     for (int i = 0; i < kLanes; ++i) x.raw[i] = widen(from[i]);
     return x;
+  }
+  static RA_INLINE bool any(Mask mask) {
+    bool found = false;
+    for (int i = 0; i < kLanes; ++i) found |= mask[i] != 0;
+    return found;
   }
   RA_INLINE void store(T* to) const { std::memcpy(to, &raw, sizeof raw); }
   template <typename Elem>
@@ -87,13 +91,6 @@ template <typename T>
 RA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.raw > b.raw ? a.raw : b.raw};
 }
-template <typename Mask>
-RA_INLINE bool any(Mask mask) {
-  bool found = false;
-  for (size_t i = 0; i < sizeof mask / sizeof mask[0]; ++i) found |= mask[i] != 0;
-  return found;
-}
-
 // The nearest integer of |x| < 2^22: the rounding of an addition does it.
 RA_INLINE Vec<float> nearest(Vec<float> x) {
   const Vec<float> magic = Vec<float>::set(0x1.8p23f);
@@ -133,43 +130,15 @@ RA_INLINE Vec<double> tanh(Vec<double> x) {
 }
 
 template <typename T>
-RA_INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row, Vec<T>) {
+RA_INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row, Vec<T>) {
   for (int i = 0; i < Vec<T>::kLanes; ++i) {
     for (int j = 0; j < Vec<T>::kLanes; ++j) to[j * to_row + i] = from[i * from_row + j];
   }
 }
 
-// One element type on this row, see Note [Arch] in matmul.inl.
-template <typename Element>
-struct ScalarArch {
-  using Elem = Element;
-  using State = StateOf<Elem>;
-  using Unit = State;
-  using V = Vec<State>;
-  static constexpr int kPair = 1, kKeyStep = 1, kDepthStep = 1, kWidthStep = V::kLanes;
-  static constexpr int kExpTerms = 6;
-  static constexpr bool kTransposeColumns = false;
-  static constexpr int64_t kStripe = 16, kKeyBlock = 64, kTilePanels = 8, kMaxPanel = 16;
-  static constexpr int64_t panel_rows(int64_t) { return 16; }
-  struct Session {};
-
-  static RA_INLINE V load_lanes(const Unit* from) { return V::load(from); }
-  static RA_INLINE V broadcast(const Unit* from) { return V::set(*from); }
-  static RA_INLINE V multiply_add(V a, V b, V c) { return fma(a, b, c); }
-  static RA_INLINE void transpose(const Unit* from, int64_t from_row, Unit* to, int64_t to_row) {
-    cpu::transpose(from, from_row, to, to_row, V{});
-  }
-  static RA_INLINE void store_lanes(const V (&x)[1], Unit* to) { x[0].store(to); }
-  static RA_INLINE void store_rows(const V (&x)[1], Unit* to, int64_t key, int64_t lane,
-                                   int64_t panel) {
-    x[0].store(to + key * panel + lane);
-  }
-  template <typename Column>
-  static void with_register_tiles(const Column& column) {
-    column.template operator()<4, 2>();
-    column.template operator()<4, 1>();
-  }
-};
+// Keeps x in a register.
+template <typename T>
+RA_INLINE void pin(Vec<T>&) {}
 
 }  // namespace
 }  // namespace ring_attention::cpu

@@ -125,7 +125,7 @@ void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* pan
   for (int64_t i = 0; i < tile.rows; i += V::kLanes) {
     const typename Arch::State* from = panels + i / panel * dim * panel + i % panel;
     for (int64_t d = 0; d < dim; d += V::kLanes) {
-      transpose(from + d * panel, panel, scratch + d, dim, V{});
+      transpose_block(from + d * panel, panel, scratch + d, dim, V{});
     }
     for (int64_t r = 0; r < V::kLanes; ++r) {
       if (tile.real(i + r)) visit(i + r, scratch + r * dim);

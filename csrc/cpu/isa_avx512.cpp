@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// AVX-512: fp32 multiply-adds, 16-bit elements widened once per tile.
+#include "isa.h"
+
+#ifdef RA_X86
+#include <immintrin.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "elements.h"
+#include "problem.h"
+
+#pragma GCC push_options
+// g++ 12 takes the undefined operands inside its own intrinsics for mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "backward.inl"
+#include "forward.inl"
+#include "peak.inl"
+#include "simd_avx512.h"
+
+namespace ring_attention::cpu {
+namespace {
+
+template <typename Elem>
+struct Avx512Arch : MultiplyAdd<Elem, Vec512> {
+  static constexpr int64_t kStripe = 24, kKeyBlock = 96, kTilePanels = 4, kMaxPanel = 64;
+  // Q^T of a panel takes about half of the L1 cache.
+  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 96 ? 64 : dim <= 128 ? 48 : 32; }
+
+  // rows x vectors, of 32 registers.
+  template <typename Column>
+  static void with_register_tiles(const Column& column) {
+    column.template operator()<6, 4>();
+    column.template operator()<8, 3>();
+    column.template operator()<8, 2>();
+    column.template operator()<8, 1>();
+  }
+};
+
+}  // namespace
+
+namespace avx512 {
+
+void forward(const ForwardParams& params, const Parallel& parallel) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return Forward<Avx512Arch<float>>::run(params, parallel);
+    case DType::kBFloat16:
+      return Forward<Avx512Arch<BFloat16>>::run(params, parallel);
+    case DType::kFloat16:
+      return Forward<Avx512Arch<Float16>>::run(params, parallel);
+    case DType::kFloat64:
+      return scalar::forward(params, parallel);
+  }
+}
+
+void backward(const BackwardParams& params, const Parallel& parallel) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return Backward<Avx512Arch<float>>::run(params, parallel);
+    case DType::kBFloat16:
+      return Backward<Avx512Arch<BFloat16>>::run(params, parallel);
+    case DType::kFloat16:
+      return Backward<Avx512Arch<Float16>>::run(params, parallel);
+    case DType::kFloat64:
+      return scalar::backward(params, parallel);
+  }
+}
+
+double peak_flops(DType dtype, double seconds) {
+  if (dtype == DType::kFloat64) return scalar::peak_flops(dtype, seconds);
+  return register_peak<Avx512Arch<float>>(seconds);
+}
+
+}  // namespace avx512
+}  // namespace ring_attention::cpu
+#pragma GCC pop_options
+
+namespace ring_attention::cpu::avx512 {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         avx2::supported();
+}
+}  // namespace ring_attention::cpu::avx512
+#endif
