@@ -26,6 +26,7 @@ from ring_attention.layout import LAYOUTS, Contiguous, Layout, Striped, Zigzag
 from ring_attention.mask import (
     MASKS,
     Causal,
+    Chunks,
     Documents,
     FirstTokens,
     Full,
@@ -231,6 +232,12 @@ def test_random_masks_and_layouts(generator: str, data: st.DataObject) -> None:
     k_len = data.draw(st.one_of(st.just(q_len), st.integers(0, 48)))
     mask = data.draw(masks(q_len, k_len))
     check(mask, data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world)), generator)
+
+
+@pytest.mark.parametrize("mask", [Window(0, 0), Window(1, 1), Chunks(1)], ids=repr)
+def test_rows_that_see_nothing_around_one_that_does(mask: Mask) -> None:
+    """Of rank 0's queries 0, 1, 2 only the middle one sees the block of rank 1, key 1."""
+    check(mask, Contiguous(7, 3), Contiguous(3, 3), "direct")
 
 
 @settings(max_examples=100)

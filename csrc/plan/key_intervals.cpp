@@ -15,14 +15,18 @@ struct Stretch {
   int size;
 };
 
+// Calls visit(stretch, part) for the parts of a run that lie in each stretch.
 template <typename Visit>
-void for_each_stretch(const Run& run, const Segments& mask, const Visit& visit) {
-  for (auto s = mask.from(run.start); s != mask.list().end() && s->begin < run.end();) {
-    auto next = s;
-    while (next != mask.list().end() && next->begin == s->begin) ++next;
-    visit(Stretch{&*s, static_cast<int>(next - s)});
-    s = next;
-  }
+void for_each_part(const Run& run, const Segments& mask, const Visit& visit) {
+  for_each_block_among(run, mask, [&](const Run& rows) {
+    for (auto s = mask.from(rows.start); s != mask.list().end() && s->begin < rows.end();) {
+      auto next = s;
+      while (next != mask.list().end() && next->begin == s->begin) ++next;
+      const Stretch stretch = {&*s, static_cast<int>(next - s)};
+      for (const Run& part : clip(rows, s->begin, s->end)) visit(stretch, part);
+      s = next;
+    }
+  });
 }
 
 struct Row {
@@ -48,6 +52,17 @@ Row local_row(const Stretch& stretch, int64_t p, const Shard& keys) {
     }
   }
   return row;
+}
+
+// Whether all rows of a part see the same. Bounds never fall inside a segment, so its ends decide -
+// but by their bounds: two rows that see nothing may lie on both sides of one that sees a key.
+bool constant(const Stretch& stretch, const Run& part, const Shard& keys) {
+  const int64_t first = part.start, last = part.end() - 1;
+  const auto same = [&](const Line& line) {
+    return keys.count_below(line.at(first)) == keys.count_below(line.at(last));
+  };
+  return std::all_of(stretch.first, stretch.first + stretch.size,
+                     [&](const Segment& s) { return same(s.lo) && same(s.hi); });
 }
 
 // Finds the held rows that intervals lie in; ascending intervals are found in linear time in all.
@@ -85,26 +100,22 @@ class Finder {
 
 KeyIntervals::KeyIntervals(const Reads& reads, int64_t rank, int64_t origin, const Ranges& held)
     : reads_(reads), queries_(reads.q().shard(rank)), keys_(reads.k().shard(origin)), held_(held) {
-  // Bounds never fall inside a segment: if its first and last row agree, all its rows do.
   for (const Segments& mask : reads_.samples()) {
     int64_t rows = 0;
     Row same;
     bool any = false;
     for (const Run& run : queries_.runs()) {
-      for_each_stretch(run, mask, [&](const Stretch& stretch) {
+      for_each_part(run, mask, [&](const Stretch& stretch, const Run& part) {
         if (stretch.size > kMaxIntervals) {
           throw std::invalid_argument("planner: too many key intervals per row");
         }
         most_ = std::max(most_, stretch.size);
         if (!uniform_) return;
-        for (const Run& part : clip(run, stretch.first->begin, stretch.first->end)) {
-          rows += part.rows();
-          const Row first = local_row(stretch, part.start, keys_);
-          if (!any) same = first;
-          any = true;
-          uniform_ =
-              uniform_ && first == same && first == local_row(stretch, part.end() - 1, keys_);
-        }
+        rows += part.rows();
+        const Row first = local_row(stretch, part.start, keys_);
+        if (!any) same = first;
+        any = true;
+        uniform_ = first == same && constant(stretch, part, keys_);
       });
     }
     if (any && rows < queries_.size() && same.size > 0) uniform_ = false;
@@ -133,14 +144,12 @@ int KeyIntervals::fill(int32_t* begin, int32_t* end) const {
     };
     for (size_t r = 0; r < queries_.runs().size(); ++r) {
       const Run& run = queries_.runs()[r];
-      for_each_stretch(run, reads_.samples()[b], [&](const Stretch& stretch) {
-        for (const Run& part : clip(run, stretch.first->begin, stretch.first->end)) {
-          if (uniform_) return write(local_row(stretch, part.start, keys_), 0);
-          int64_t index = queries_.offset(r) + run.count_below(part.start);
-          for (int64_t i = 0; i < part.count; ++i) {
-            for (int64_t j = 0; j < part.block; ++j) {
-              write(local_row(stretch, part.start + i * part.stride + j, keys_), index++);
-            }
+      for_each_part(run, reads_.samples()[b], [&](const Stretch& stretch, const Run& part) {
+        if (uniform_) return write(local_row(stretch, part.start, keys_), 0);
+        int64_t index = queries_.offset(r) + run.count_below(part.start);
+        for (int64_t i = 0; i < part.count; ++i) {
+          for (int64_t j = 0; j < part.block; ++j) {
+            write(local_row(stretch, part.start + i * part.stride + j, keys_), index++);
           }
         }
       });

@@ -12,9 +12,11 @@ namespace {
 // Calls visit(part, segment) for the parts of a run that lie in each segment.
 template <typename Visit>
 void for_each_part(const Run& run, const Segments& mask, const Visit& visit) {
-  for (auto s = mask.from(run.start); s != mask.list().end() && s->begin < run.end(); ++s) {
-    for (const Run& part : clip(run, s->begin, s->end)) visit(part, *s);
-  }
+  for_each_block_among(run, mask, [&](const Run& rows) {
+    for (auto s = mask.from(rows.start); s != mask.list().end() && s->begin < rows.end(); ++s) {
+      for (const Run& part : clip(rows, s->begin, s->end)) visit(part, *s);
+    }
+  });
 }
 
 // The union of the intervals of the rows of one part. Bounds of different slope nest, so the ends

@@ -11,6 +11,18 @@
 
 namespace ring_attention::plan {
 
+// Calls visit(run) for a run as a whole, or for each of its blocks where a mask has so many
+// segments between them that most hold no row of the run.
+template <typename Visit>
+void for_each_block_among(const Run& run, const Segments& mask, const Visit& visit) {
+  constexpr int64_t kMany = 8;  // segments per block
+  const int64_t segments = mask.from(run.end()) - mask.from(run.start);
+  if (run.count == 1 || run.count * kMany > segments) return visit(run);
+  for (int64_t i = 0; i < run.count; ++i) {
+    visit(Run{run.start + i * run.stride, run.block, run.block, 1});
+  }
+}
+
 class Reads {
  public:
   // One table for all samples of a batch, or one for each.
