@@ -377,6 +377,18 @@ def test_error_is_at_most_twice_torchs(mask: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.isa
+@each_low
+def test_many_tiles(dtype: torch.dtype) -> None:
+    """Longer than any tile or chunk of the kernels, and no multiple of one."""
+    p = problem(
+        dtype, first_and_window, batch=1, heads=2, kv_heads=1, q_len=773, k_len=1031, head_dim=40
+    )
+    assert_matches_reference(p)
+    p = replace(p, **dict(zip(("begin", "end"), causal(1, 773, 1031), strict=True)))
+    assert_matches_reference(p)
+
+
+@pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
@@ -793,8 +805,8 @@ def test_invariants(mask: Any, dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_dtype
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    p = problem(dtype, first_and_window, q_len=203, k_len=331, head_dim=64, sinks=True)
-    cut = [[b] for b in blocks(p, (100, 211))]
+    p = problem(dtype, first_and_window, batch=1, q_len=531, k_len=1100, sinks=True)
+    cut = [[b] for b in blocks(p, (400, 411))]
     threads = torch.get_num_threads()
     results = []
     try:
