@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What every test file shares: a fixed seed per test and hypothesis without deadlines."""
 
+import os
 from collections.abc import Callable, Iterator
+
+# Processes of one test share the machine's few cores: a thread that waits must sleep, not spin.
+# Read when torch loads its OpenMP, so before that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
