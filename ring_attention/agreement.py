@@ -10,10 +10,17 @@ the time-out. A collective would not do: a rank that skipped it would hang both.
 import json
 import time
 from datetime import timedelta
+from typing import Any
 
 from .ring import RingError, Transport, timeout_s
 
 _POLL_S = 1.0
+_POISON = "ring_attention/poison"
+
+
+def poison(store: Any, why: str) -> None:
+    """Tells every rank that waits in a check, or will, that the group is lost."""
+    store.set(_POISON, why)
 
 
 def check(transport: Transport, what: dict[str, str]) -> None:
@@ -38,7 +45,7 @@ def check(transport: Transport, what: dict[str, str]) -> None:
         _await_peers(transport, key, number, what)
     except RingError as error:
         book.poison = str(error)
-        transport.store.set("ring_attention/poison", book.poison)
+        poison(transport.store, book.poison)
         raise
     if number > 0:
         # Everyone has arrived at this call, so everyone is done with the one before.
@@ -65,8 +72,8 @@ def _await_peers(transport: Transport, key: str, number: int, what: dict[str, st
         for peer in arrived:
             _compare(transport, peer, number, what, json.loads(store.get(f"{key}/{peer}")))
         missing = [peer for peer in missing if peer not in arrived]
-        if missing and store.check(["ring_attention/poison"]):
-            raise RingError(store.get("ring_attention/poison").decode())
+        if missing and store.check([_POISON]):
+            raise RingError(store.get(_POISON).decode())
 
 
 def _compare(

@@ -359,5 +359,7 @@ ring_backward.register_autograd(_no_double_backward)
 
 # Independent ring calls must keep their order on every rank: a compiler that swapped two of them on
 # one rank would complete them with swapped data. Private API, the same in torch 2.11 and 2.15.
-for _op in (ring_forward, ring_backward):
-    torch.library._register_effectful_op(_op, torch._library.effects.EffectType.ORDERED)
+for _op in ("ring_forward", "ring_backward"):
+    torch.library._register_effectful_op(
+        f"ring_attention::{_op}", torch._library.effects.EffectType.ORDERED
+    )

@@ -2,13 +2,15 @@
 """The ring: a short program that runs a plan. It has no cases; the plan has them all.
 
     for step in plan.steps:
-        post the K/V that the next steps read        (backward: and the gradients of the last fold)
-        fold the blocks that are here                 computing hides what is under way
-        wait
+        post the K/V that later steps read
+        fold the blocks that are here                computing hides what is under way
+        post their gradients home                    (backward only)
+        wait for the K/V, and for the gradients of the step before
 
-Note [order of messages]. Two ranks may exchange K/V and gradients in the same step (at P = 4, ranks
-0 and 2 do). Backends that match by order need one order that every rank follows, whatever the mask
-pruned: K/V of step n, then gradients of the blocks folded in step n - 1, then K/V of step n + 1.
+Note [order of messages]. Call K/V of hop h the event 2h and gradients of the blocks folded at hop t
+the event 2t + 1. Every rank waits for an event only after it has posted all its own up to that one,
+so no ring of ranks can wait for itself; and between two ranks messages go in the order of events,
+so that a backend which matches by order (NCCL) matches them too, whatever the mask pruned.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,10 +25,6 @@ from .plan import Plan, Step, Transfer
 from .ring import Message, Transport
 
 Rows = Sequence[tuple[int, int]]
-
-
-def _count(rows: Rows) -> int:
-    return sum(end - begin for begin, end in rows)
 
 
 def _split(flat: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -57,61 +55,60 @@ class _Pair:
 
 
 class _Hop:
-    """The messages of one step, from packing to completion."""
+    """Messages that are posted together, from packing to completion."""
 
-    def __init__(self, transport: Transport, phase: trace.Phase, step: int) -> None:
+    def __init__(self, transport: Transport, phase: trace.Phase, step: int, kind: str) -> None:
         self._transport = transport
         self._phase = phase
         self._step = step
-        self._messages: list[tuple[tuple[int, int], Message]] = []  # with their global order
+        self._kind = kind
+        self._messages: list[Message] = []
         self._done: list[Lease] = []  # free once the hop is complete
         self._start_s = trace.now()
 
-    def _add(self, flat: Tensor, peer: int, kind: str, step: int, sending: bool) -> None:
-        order = (step, 0) if kind == "K/V" else (step + 1, 1)
-        self._messages.append((order, Message(flat, peer, kind, step, sending)))
-
-    def send(self, pair: _Pair, transfer: Transfer, kind: str, step: int) -> None:
+    def send(self, pair: _Pair, transfer: Transfer) -> None:
         """Sends some rows of a pair; one that is already packed as it is goes without a copy."""
         lease = pair.lease
-        if lease is None or _count(transfer.rows) != pair.rows:
+        if lease is None or transfer.num_rows != pair.rows:
             lease = _pack(self._transport, pair, transfer.rows)
             self.free_after(lease)
-        self._add(lease.flat, transfer.peer, kind, step, sending=True)
+        message = Message(lease.flat, transfer.peer, self._kind, transfer.hop, sending=True)
+        self._messages.append(message)
 
     def free_after(self, lease: Lease | None) -> None:
         """Gives a buffer back once the hop is complete."""
         if lease is not None:
             self._done.append(lease)
 
-    def receive(self, like: _Pair, transfer: Transfer, kind: str, step: int) -> _Pair:
-        rows = _count(transfer.rows)
+    def receive(self, like: _Pair, transfer: Transfer) -> _Pair:
+        """Receives rows into a buffer of their own; they are there after `wait`."""
+        rows = transfer.num_rows
         lease = self._transport.pool.lease(like.numel(rows), like.k)
-        self._add(lease.flat, transfer.peer, kind, step, sending=False)
+        message = Message(lease.flat, transfer.peer, self._kind, transfer.hop, sending=False)
+        self._messages.append(message)
         return _Pair(*_split(lease.flat, like.k, like.v, rows), lease)
 
-    def post(self) -> None:
-        messages = [message for _, message in sorted(self._messages, key=lambda pair: pair[0])]
-        self._bytes = sum(message.nbytes for message in messages)
-        self._pending = self._transport.post(messages)
-        if messages:
-            rank = self._transport.rank
-            trace.emit("post", self._phase, rank, self._step, self._start_s, self._bytes)
+    def post(self) -> "_Hop":
+        self._pending = self._transport.post(self._messages)
+        self._emit("post", self._start_s)
+        return self
 
     def wait(self) -> None:
-        if not self._messages:
-            return
         start_s = trace.now()
         self._pending.wait()
         for lease in self._done:
             self._transport.pool.give_back(lease)
-        rank = self._transport.rank
-        trace.emit("wait", self._phase, rank, self._step, start_s, self._bytes)
-        trace.emit("transfer", self._phase, rank, self._step, self._start_s, self._bytes)
+        self._emit("wait", start_s)
+        self._emit("transfer", self._start_s)
+
+    def _emit(self, name: trace.Name, start_s: float) -> None:
+        if self._messages:
+            nbytes = sum(message.nbytes for message in self._messages)
+            trace.emit(name, self._phase, self._transport.rank, self._step, start_s, nbytes)
 
 
 def _pack(transport: Transport, pair: _Pair, rows: Rows) -> Lease:
-    count = _count(rows)
+    count = sum(end - begin for begin, end in rows)
     lease = transport.pool.lease(pair.numel(count), pair.k)
     k, v = _split(lease.flat, pair.k, pair.v, count)
     at = 0
@@ -133,12 +130,14 @@ class _Blocks:
     def __getitem__(self, origin: int) -> _Pair:
         return self._held[origin]
 
-    def exchange(self, hop: _Hop, step: Step) -> None:
-        """Adds the K/V messages of a step to its hop."""
+    def post(self, step: Step, phase: trace.Phase) -> _Hop:
+        """Posts the K/V messages of a step."""
+        hop = _Hop(self._transport, phase, step.number, "K/V")
         for transfer in step.sends:
-            hop.send(self[transfer.origin], transfer, "K/V", transfer.hop)
+            hop.send(self[transfer.origin], transfer)
         for transfer in step.recvs:
-            self._held[transfer.origin] = hop.receive(self._own, transfer, "K/V", transfer.hop)
+            self._held[transfer.origin] = hop.receive(self._own, transfer)
+        return hop.post()
 
     def release(self, origins: Iterable[int]) -> None:
         for origin in origins:
@@ -183,9 +182,7 @@ def forward(
 
     blocks = _Blocks(transport, _Pair(k, v))
     for step in plan.steps:
-        hop = _Hop(transport, "forward", step.number)
-        blocks.exchange(hop, step)
-        hop.post()
+        hop = blocks.post(step, "forward")
         if step.folds:
             start_s = trace.now()
             fold(step.folds, step.number == launches[0], step.number == launches[-1])
@@ -207,7 +204,7 @@ class _Gradients:
             torch.zeros(v.shape, dtype=dtype, device=v.device),
         )
         self._out: dict[int, _Pair] = {}
-        self._in: list[tuple[Transfer, _Pair]] = []
+        self._in: dict[_Hop, list[tuple[Transfer, _Pair]]] = {}
 
     def of(self, origin: int, block: _Pair) -> _Pair:
         """Where a fold of `origin`'s block accumulates; never a buffer that is travelling."""
@@ -219,20 +216,20 @@ class _Gradients:
         self._out[origin] = pair
         return pair
 
-    def exchange(self, hop: _Hop, step: Step | None) -> None:
-        """Adds the gradient messages of a finished step to the hop that the next one hides."""
-        if step is None:
-            return
+    def post(self, step: Step) -> _Hop:
+        """Posts the gradients of the blocks folded in a step, and receives those for own rows."""
+        hop = _Hop(self._transport, "backward", step.number, "dK/dV")
         for transfer in step.grad_sends:
             pair = self._out.pop(transfer.origin)
-            hop.send(pair, transfer, "dK/dV", transfer.hop)
+            hop.send(pair, transfer)
             hop.free_after(pair.lease)
-        for transfer in step.grad_recvs:
-            self._in.append((transfer, hop.receive(self.own, transfer, "dK/dV", transfer.hop)))
+        self._in[hop] = [(t, hop.receive(self.own, t)) for t in step.grad_recvs]
+        return hop.post()
 
-    def add_arrived(self) -> None:
-        """Adds what arrived to the own rows, in step order; call after the hop's wait."""
-        for transfer, pair in self._in:
+    def add(self, hop: _Hop) -> None:
+        """Waits for a hop and adds what it brought to the own rows: in step order, always."""
+        hop.wait()
+        for transfer, pair in self._in.pop(hop):
             at = 0
             for begin, end in transfer.rows:
                 self.own.k[:, :, begin:end] += pair.k[:, :, at : at + end - begin]
@@ -240,7 +237,6 @@ class _Gradients:
                 at += end - begin
             assert pair.lease is not None
             self._transport.pool.give_back(pair.lease)
-        self._in.clear()
 
 
 def backward(
@@ -296,28 +292,21 @@ def backward(
 
     own = transport.rank
     sees_own = any(own in step.folds for step in plan.steps)
-    split = plan.own_split if sees_own else 0
-    previous: Step | None = None
+    home: _Hop | None = None
     for step in plan.steps:
-        hop = _Hop(transport, "backward", step.number)
-        blocks.exchange(hop, step)
-        gradients.exchange(hop, previous)
-        hop.post()
+        hop = blocks.post(step, "backward")
         if own in step.folds:
-            fold([own], step.number, keys=(0, split))
-        others = [origin for origin in step.folds if origin != own]
-        if others:
+            fold([own], step.number, keys=(0, plan.own_split))
+        if others := [origin for origin in step.folds if origin != own]:
             fold(others, step.number)
+        going, home = home, gradients.post(step)
         hop.wait()
-        gradients.add_arrived()
-        blocks.release(origin for origin in step.release if origin != own)
-        previous = step
-    hop = _Hop(transport, "backward", previous.number + 1 if previous else 0)
-    gradients.exchange(hop, previous)
-    hop.post()
+        if going is not None:
+            gradients.add(going)
+        blocks.release(step.release)
     if sees_own:
-        fold([own], previous.number + 1 if previous else 0, keys=(split, k.shape[2]))
-    hop.wait()
-    gradients.add_arrived()
+        fold([own], plan.steps[-1].number + 1, keys=(plan.own_split, k.shape[2]))
+    if home is not None:
+        gradients.add(home)
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
     return dq.to(q.dtype), gradients.own.k.to(k.dtype), gradients.own.v.to(v.dtype), dsinks

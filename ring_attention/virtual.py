@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import agreement
 from .ring import Message, Pending, RingError, Transport, register, timeout_s
 
 T = TypeVar("T")
@@ -39,8 +40,9 @@ class _World:
         # (source, destination, kind) -> halves posted by one side and not yet by the other
         self.unmatched: dict[tuple[int, int, str], deque[_Half]] = defaultdict(deque)
 
-    def fail(self) -> None:
+    def fail(self, error: BaseException) -> None:
         """Wakes every rank that waits for one that will not come."""
+        agreement.poison(self.store, f"ring_attention: another virtual rank failed: {error}")
         with self.lock:
             self.failed = True
             for halves in self.unmatched.values():
@@ -135,7 +137,7 @@ def run_virtual(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         What each rank returned, in rank order.
 
     Raises:
-        The exception of the first rank that failed of its own; the others are woken and stop.
+        The exception of the rank that failed first; the others are woken and stop.
 
     Example:
         >>> def rank(group, q, k, v):
@@ -149,7 +151,7 @@ def run_virtual(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     world = _World(world_size)
     groups = [VirtualGroup(world, rank) for rank in range(world_size)]
     results: dict[int, T] = {}
-    errors: dict[int, BaseException] = {}
+    errors: list[BaseException] = []
     grad_enabled = torch.is_grad_enabled()
     threads = torch.get_num_threads()
 
@@ -160,8 +162,8 @@ def run_virtual(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
             with torch.set_grad_enabled(grad_enabled):
                 results[group.rank] = fn(group, *args)
         except BaseException as error:
-            errors[group.rank] = error
-            world.fail()
+            errors.append(error)
+            world.fail(error)
 
     workers = [
         threading.Thread(target=run, args=(group,), name=group.name, daemon=True)

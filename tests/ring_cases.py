@@ -165,6 +165,9 @@ def assert_exact(got: Results, case: Case) -> None:
         if name == "lse" and case.dtype != torch.float32:
             # lse is fp32 whatever the inputs; exp2 of 16-bit kernels is good to 2^-13.
             bound = 2 * error(truth(case, torch.float32)[name], want[name]) + 2**-13
+        if name == "dsinks":
+            # A sum over all rows with signs that cancel: their roundings add like a random walk.
+            bound += floor * (case.batch * case.q_len) ** 0.5
         found = error(got[name], want[name])
         assert found <= bound, f"{name}: error {found:.2e}, bound {bound:.2e}"
 
