@@ -176,8 +176,5 @@ def run_virtual(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     torch.set_num_threads(threads)
     if errors:
         # A rank's own error explains more than the RingError of those it left waiting.
-        raise (
-            next((e for e in errors.values() if not isinstance(e, RingError)), None)
-            or min(errors.items())[1]
-        )
+        raise next((error for error in errors if not isinstance(error, RingError)), errors[0])
     return [results[rank] for rank in range(world_size)]

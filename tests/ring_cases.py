@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ring_attention.layout import Layout
-from ring_attention.mask import Causal, Mask
 from torch import Tensor
 
 from ring_attention import attention, reference
+from ring_attention.layout import Layout
+from ring_attention.mask import Causal, Mask
 
 
 @dataclass(frozen=True)

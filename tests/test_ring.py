@@ -5,6 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import ring_cases
+from ring_attention import trace
 from ring_attention.layout import Contiguous, Layout, Striped, Zigzag
 from ring_attention.mask import (
     Causal,
@@ -18,9 +21,6 @@ from ring_attention.mask import (
     Window,
 )
 from ring_attention.plan import plan
-
-import ring_cases
-from ring_attention import trace
 from ring_attention.virtual import run_virtual
 from ring_cases import Case, assert_exact, error, join, run_rank, truth
 
