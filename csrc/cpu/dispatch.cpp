@@ -16,6 +16,9 @@ bool always() { return true; }
 
 constexpr Isa kIsas[] = {
 #ifdef RA_X86
+    {"amx", amx::supported, always, amx::forward, amx::backward, amx::peak_flops},
+    {"avx512_bf16", avx512_bf16::supported, avx512_bf16::recommended, avx512_bf16::forward,
+     avx512_bf16::backward, avx512_bf16::peak_flops},
     {"avx512", avx512::supported, always, avx512::forward, avx512::backward, avx512::peak_flops},
     {"avx2", avx2::supported, always, avx2::forward, avx2::backward, avx2::peak_flops},
 #endif

@@ -25,6 +25,9 @@ RA_DECLARE_ISA(avx2)
 RA_DECLARE_ISA(avx512)
 RA_DECLARE_ISA(avx512_bf16)
 RA_DECLARE_ISA(amx)
+namespace avx512_bf16 {
+bool recommended();
+}
 #endif
 #undef RA_DECLARE_ISA
 

@@ -26,23 +26,26 @@ double best_rate(double flops, double seconds, const Loop& loop) {
   return best;
 }
 
+// `steps` times twelve independent multiply-adds, enough chains to hide the latency.
+template <typename Arch>
+__attribute__((noinline)) void multiply_add_loop(int steps) {
+  using V = typename Arch::V;
+  V sum[12], a = V::zero(), b = V::zero();
+  for (V& x : sum) x = V::zero();
+  for (int step = 0; step < steps; ++step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 12; ++i) {
+      sum[i] = Arch::multiply_add(a, b, sum[i]);
+      pin(sum[i]);  // or the compiler would leave the loop out
+    }
+  }
+}
+
 template <typename Arch>
 double register_peak(double seconds) {
-  using V = typename Arch::V;
-  constexpr int kSums = 12, kSteps = 20000;  // enough chains to hide the latency
-  V sum[kSums];
-  for (V& x : sum) x = V::zero();
-  V a = V::set(0), b = V::set(0);
-  const auto loop = [&] {
-    for (int step = 0; step < kSteps; ++step) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kSums; ++i) {
-        sum[i] = Arch::multiply_add(a, b, sum[i]);
-        pin(sum[i]);  // or the compiler would leave the loop out
-      }
-    }
-  };
-  return best_rate(2.0 * V::kLanes * Arch::kPair * kSums * kSteps, seconds, loop);
+  constexpr int kSteps = 20000;
+  return best_rate(2.0 * Arch::V::kLanes * Arch::kPair * 12 * kSteps, seconds,
+                   [] { multiply_add_loop<Arch>(kSteps); });
 }
 
 }  // namespace

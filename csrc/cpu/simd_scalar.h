@@ -138,7 +138,15 @@ RA_INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t t
 
 // Keeps x in a register.
 template <typename T>
-RA_INLINE void pin(Vec<T>&) {}
+RA_INLINE void pin(Vec<T>& x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x.raw));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.raw));
+#else
+  (void)x;
+#endif
+}
 
 }  // namespace
 }  // namespace ring_attention::cpu
