@@ -28,24 +28,31 @@ double best_rate(double flops, double seconds, const Loop& loop) {
 
 // `steps` times twelve independent multiply-adds, enough chains to hide the latency.
 template <typename Arch>
-__attribute__((noinline)) void multiply_add_loop(int steps) {
+__attribute__((noinline)) typename Arch::State multiply_add_loop(int steps) {
   using V = typename Arch::V;
-  V sum[12], a = V::zero(), b = V::zero();
-  for (V& x : sum) x = V::zero();
+  V sum[12], a = V::zero(), b = V::zero(), total = V::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < 12; ++i) sum[i] = V::zero();
   for (int step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
     for (int i = 0; i < 12; ++i) {
       sum[i] = Arch::multiply_add(a, b, sum[i]);
-      pin(sum[i]);  // or the compiler would leave the loop out
+      pin(sum[i]);
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 12; ++i) total = total + sum[i];
+  typename Arch::State lanes[V::kLanes];
+  total.store(lanes);
+  return lanes[0];
 }
 
 template <typename Arch>
 double register_peak(double seconds) {
   constexpr int kSteps = 20000;
+  volatile typename Arch::State sink;  // or the compiler would leave the loop out
   return best_rate(2.0 * Arch::V::kLanes * Arch::kPair * 12 * kSteps, seconds,
-                   [] { multiply_add_loop<Arch>(kSteps); });
+                   [&] { sink = multiply_add_loop<Arch>(kSteps); });
 }
 
 }  // namespace
