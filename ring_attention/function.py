@@ -159,6 +159,12 @@ def _plan_for(
             f"{where}: expected layout with a group, got None; say how the sequence is sharded, "
             "e.g. layout=Zigzag(length, world_size)"
         )
+    for name, made in (("q_layout", q_layout), ("k_layout", k_layout)):
+        if made.world_size != transport.size:
+            raise ValueError(
+                f"{where}: expected {name}.world_size == {transport.size}, the size of the group, "
+                f"got {made.world_size}; make the layout for this group"
+            )
     return _cached_plan(mask, q_layout, k_layout, transport.rank)
 
 
@@ -331,8 +337,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, sinks, plan, ctx.scale, ctx.softcap, ctx.group = inputs
     ctx.save_for_backward(q, k, v, sinks, plan, *output)
     ctx.set_materialize_grads(False)
-    # While the graph lives, so does its plan. (Tracing has no data to look at.)
-    ctx.plan = None if torch.compiler.is_compiling() else plan_of(plan)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:

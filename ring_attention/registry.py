@@ -3,7 +3,7 @@
 
 A compiled graph knows a plan by an int64 CPU tensor [id, digest]: a string or an int that changes
 with every batch would recompile, a tensor does not. The registry finds every plan that is alive and
-keeps the latest ones alive by itself, so that a plan made inside a call outlives its forward.
+keeps the latest ones alive by itself, for compiled graphs that save a copy of the handle.
 """
 
 import itertools
@@ -32,7 +32,10 @@ def register(plan: "Plan") -> Tensor:
         key = next(_ids)
         _alive[key] = plan
         _kept.append(plan)
-    return torch.tensor([key, plan.digest])
+    handle = torch.tensor([key, plan.digest])
+    # What autograd saves is this very tensor: while a graph lives, so does its plan.
+    handle.plan = plan  # type: ignore[attr-defined]
+    return handle
 
 
 def plan_of(handle: Tensor) -> "Plan":

@@ -164,8 +164,10 @@ def test_bad_arguments_are_refused_before_any_communication() -> None:
         layout = Contiguous(LENGTH, group.size)
         q, k, v = qkv(group)
         refused(group, "expected layout with a group, got None")
-        refused(group, "of 3, got one for rank . of 2", layout=Contiguous(LENGTH, 2))
-        refused(group, r"expected q.shape\[2\] == ", layout=Contiguous(LENGTH + 1, group.size))
+        refused(
+            group, r"world_size == 3, the size of the group, got 2", layout=Contiguous(LENGTH, 2)
+        )
+        refused(group, r"expected q.shape\[2\] == ", layout=Contiguous(LENGTH + 3, group.size))
         refused(group, "dense masks never exist", layout=layout, mask=torch.ones(2, 2))
         refused(group, "either plan or layouts", layout=layout, plan=plan(Full(), layout, rank=0))
         refused(group, "layout or q_layout", layout=layout, q_layout=layout)

@@ -56,11 +56,12 @@ def test_subgroups_of_a_larger_world(pools) -> None:
 
 def in_mesh(world: Any, case: Case) -> Results:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    results = run_rank(mesh, case, Zigzag(LENGTH, 2))
-    one = run_rank(mesh["cp"], case, Zigzag(LENGTH, 2))
+    layout = Zigzag(LENGTH, 2)
+    results = run_rank(mesh, case, layout)
+    one = run_rank(mesh["cp"], case, layout)
     assert all(torch.equal(results[name], one[name]) for name in results)
     with pytest.raises(ValueError, match='one with a dimension "cp"'):
-        run_rank(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), case, None)
+        run_rank(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), case, layout)
     return results
 
 
