@@ -280,6 +280,10 @@ def test_by_hand() -> None:
     alone = plan(Causal() & Documents([0, 4, 8, 12]), Contiguous(12, 3), rank=1)
     assert steps_of(alone) == [((1,), [], [])]
 
+    # Positions 0, 4, 8, 12 see 0, 2..4, 6..8, 10..12: rows of ranks 2 and 3, and none of rank 1.
+    gaps = plan(Window(2, 0), Striped(16, 4), rank=0)
+    assert sorted(o for s in gaps.steps for o in s.folds) == [0, 2, 3]
+
     first = plan(Causal(), Contiguous(4, 2), rank=0)
     assert steps_of(first) == [((0,), [(1, ((0, 2),))], [])]
     assert [t.peer for t in first.steps[0].grad_recvs + first.steps[-1].grad_recvs] == [1, 1]
