@@ -166,6 +166,12 @@ def test_tables_stay_small() -> None:
         assert len(mask.segments(n, n)[0]) <= segments + 1, mask
 
 
+def test_lines_that_only_touch_stay_apart() -> None:
+    """A level and a rising bound that agree on one row, where the segments meet."""
+    rows = [[0, 4, 0, 0, 4, 0], [4, 8, 0, 0, 0, 1]]
+    assert Segments(8, 8, [tuple(row) for row in rows]).tuples() == rows
+
+
 def test_too_many_intervals() -> None:
     """Three intervals are refused, but only if they are left when the mask is complete."""
     keys_3_and_4 = Documents([0, 0, 20, 20], [0, 3, 5, 20])

@@ -240,14 +240,23 @@ def test_rows_that_see_nothing_around_one_that_does(mask: Mask) -> None:
     check(mask, Contiguous(7, 3), Contiguous(3, 3), "direct")
 
 
-@settings(max_examples=100)
+def test_rows_that_see_earlier_keys_than_those_before() -> None:
+    """Rank 1's queries 4 and 5 see rank 0's last chunk, the next ones its first three keys."""
+    late = Window(0, None) & Documents([0, 6, 16], [0, 16, 16])
+    early = FirstTokens(3) & Documents([0, 6, 16], [0, 0, 16])
+    check(late | early, Zigzag(16, 2), Zigzag(16, 2), "direct")
+
+
+@settings(max_examples=150)
 @given(data=st.data())
 def test_counts_in_closed_form(data: st.DataObject) -> None:
     """Pairs over many rounds of stripes, with strides that match and that do not."""
-    q_len, k_len = data.draw(st.integers(100, 400)), data.draw(st.integers(100, 400))
+    q_len = data.draw(st.integers(100, 400))
+    k_len = data.draw(st.sampled_from([q_len, 251]))
     world = data.draw(st.integers(1, 4))
     mask = data.draw(masks(q_len, k_len))
-    q, k = data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world))
+    q = data.draw(layouts(q_len, world))
+    k = q if k_len == q_len else data.draw(layouts(k_len, world))
     table = mask.segments(q_len, k_len)
     dense = mask.dense(q_len, k_len)[: len(table)]
     for p in plans_of(mask, q, k):
@@ -255,6 +264,17 @@ def test_counts_in_closed_form(data: st.DataObject) -> None:
         for step in p.steps:
             for origin in step.folds:
                 assert step.flops == int(mine[:, :, k.positions(origin)].sum())
+
+
+@pytest.mark.parametrize("block", [1, 2, 5])
+@pytest.mark.parametrize("ahead", range(12))
+def test_counts_at_every_offset_of_the_stripes(ahead: int, block: int) -> None:
+    layout = Striped(60, 3, block)
+    seen = Window(None, ahead).dense(60, 60)[0]
+    for p in plans_of(Window(None, ahead), layout, layout):
+        for step in p.steps:
+            keys = torch.cat([layout.positions(o) for o in step.folds])
+            assert step.flops == int(seen[layout.positions(p.rank)][:, keys].sum())
 
 
 def steps_of(p: Plan) -> list[tuple[tuple[int, ...], list[Any], list[Any]]]:
