@@ -2,8 +2,11 @@
 """Exact attention over sequences sharded across the ranks of a process group."""
 
 from . import trace
+from .feed_forward import BlockwiseFeedForward
 from .function import agree, attention
+from .gradients import sum_gradients
 from .layout import Contiguous, Layout, Striped, Zigzag
+from .loss import linear_cross_entropy, shift_labels
 from .mask import (
     Causal,
     Chunks,
@@ -16,14 +19,18 @@ from .mask import (
     Spans,
     Window,
 )
+from .module import RingAttention
 from .ops import isa_name, isa_names
 from .plan import Plan, plan
 from .ring import RingError, all_gather, all_reduce_, rank_of, size_of
+from .sdpa import scaled_dot_product_attention
+from .transformer import RingTransformerBlock
 from .virtual import VirtualGroup, run_virtual
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockwiseFeedForward",
     "Causal",
     "Chunks",
     "Contiguous",
@@ -35,7 +42,9 @@ __all__ = [
     "Mask",
     "Plan",
     "PrefixLM",
+    "RingAttention",
     "RingError",
+    "RingTransformerBlock",
     "Spans",
     "Striped",
     "VirtualGroup",
@@ -47,9 +56,13 @@ __all__ = [
     "attention",
     "isa_name",
     "isa_names",
+    "linear_cross_entropy",
     "plan",
     "rank_of",
     "run_virtual",
+    "scaled_dot_product_attention",
+    "shift_labels",
     "size_of",
+    "sum_gradients",
     "trace",
 ]
