@@ -365,8 +365,9 @@ def folded(p: Problem, groups: Sequence[Sequence[Any]]) -> list[Tensor]:
 @pytest.mark.isa
 @each_low
 @each_mask
-def test_error_is_at_most_twice_torchs(mask: Any, dtype: torch.dtype) -> None:
-    p = problem(dtype, mask, q_len=113, k_len=203, head_dim=64, dlse=False)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_error_is_at_most_twice_torchs(head_dim: int, mask: Any, dtype: torch.dtype) -> None:
+    p = problem(dtype, mask, q_len=113, k_len=203, head_dim=head_dim, dlse=False)
     exact = theirs(p, torch.float64)
     out, _, *grads = ours(p)
     names = ("out", "dq", "dk", "dv")
