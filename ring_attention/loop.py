@@ -160,7 +160,7 @@ def forward(
     out, lse = ops.empty_output(q, v)
     launches = [step.number for step in plan.steps if step.folds]
     # One launch starts and finishes in registers; more carry the state between them.
-    state = ops.empty_state(q, v) if len(launches) > 1 else (None, None, None)
+    acc, m, l = ops.empty_state(q, v) if len(launches) > 1 else (None, None, None)  # noqa: E741
 
     def fold(origins: Sequence[int], first: bool, last: bool) -> None:
         intervals = [plan.intervals(origin) for origin in origins]
@@ -171,7 +171,9 @@ def forward(
             [key_begin for key_begin, _ in intervals],
             [key_end for _, key_end in intervals],
             sinks if first else None,
-            *state,
+            acc,
+            m,
+            l,
             out if last else None,
             lse if last else None,
             first=first,

@@ -34,7 +34,7 @@ def register(plan: "Plan") -> Tensor:
         _kept.append(plan)
     handle = torch.tensor([key, plan.digest])
     # What autograd saves is this very tensor: while a graph lives, so does its plan.
-    handle.plan = plan  # type: ignore[attr-defined]
+    handle.plan = plan
     return handle
 
 
