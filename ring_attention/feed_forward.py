@@ -157,7 +157,7 @@ class _FeedForward(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, up, up_bias, gate, gate_bias, down, _ = ctx.saved_tensors
         act, act_backward = _ACTIVATIONS[ctx.activation]

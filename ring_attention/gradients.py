@@ -14,7 +14,7 @@ from .ring import all_reduce_, size_of
 _BUCKET_BYTES = 32 << 20
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def sum_gradients(parameters: nn.Module | Iterable[Tensor], group: Any) -> None:
     """Sums the parameters' gradients over the ring, in place: every rank then holds them whole.
 

@@ -165,7 +165,7 @@ def _table(layout: Layout) -> _planner.Layout:
     return _planner.Layout(layout.length, runs)
 
 
-class _Unshard(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+class _Unshard(torch.autograd.Function):  # torch is untyped here
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, group: Any, rank: int, dim: int) -> Tensor:
         from . import ring

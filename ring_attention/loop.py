@@ -2,19 +2,20 @@
 """The ring: a short program that runs a plan. It has no cases; the plan has them all.
 
     for step in plan.steps:
-        post the K/V that later steps read
+        post the K/V that later steps read           (backward: and the gradients of the last fold)
         fold the blocks that are here                computing hides what is under way
-        post their gradients home                    (backward only)
-        wait for the K/V, and for the gradients of the step before
+        wait
 
-Note [order of messages]. Call K/V of hop h the event 2h and gradients of the blocks folded at hop t
-the event 2t + 1. Every rank waits for an event only after it has posted all its own up to that one,
-so no ring of ranks can wait for itself; and between two ranks messages go in the order of events,
-so that a backend which matches by order (NCCL) matches them too, whatever the mask pruned.
+Note [order of messages]. Call K/V of hop h the event 2h, gradients of the blocks folded at hop t the
+event 2t + 3: after K/V of hop t + 1, which are needed sooner, and before those of t + 2. Every rank
+posts in the order of events and waits for an event only after it has posted all its own up to that
+one. So no ring of ranks can wait for itself, and a backend that matches messages by order (NCCL)
+matches the right ones, whatever the mask pruned.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from .buffers import Lease
 from .plan import Plan, Step, Transfer
 from .ring import Message, Transport
 
-Rows = Sequence[tuple[int, int]]
+Kind = Literal["K/V", "dK/dV"]
+
+# Striped shards of packed documents send thousands of short ranges: more than these go by index.
+_FEW_RANGES = 16
 
 
 def _split(flat: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -55,43 +59,45 @@ class _Pair:
 
 
 class _Hop:
-    """Messages that are posted together, from packing to completion."""
+    """The messages of one step, from packing to completion."""
 
-    def __init__(self, transport: Transport, phase: trace.Phase, step: int, kind: str) -> None:
+    def __init__(self, transport: Transport, phase: trace.Phase, step: int) -> None:
         self._transport = transport
         self._phase = phase
         self._step = step
-        self._kind = kind
-        self._messages: list[Message] = []
+        self._messages: list[tuple[int, Message]] = []  # with their event, see the Note
         self._done: list[Lease] = []  # free once the hop is complete
         self._start_s = trace.now()
 
-    def send(self, pair: _Pair, transfer: Transfer) -> None:
+    def _add(self, flat: Tensor, transfer: Transfer, kind: Kind, sending: bool) -> None:
+        event = 2 * transfer.hop + (0 if kind == "K/V" else 3)
+        message = Message(flat, transfer.peer, kind, transfer.hop, sending)
+        self._messages.append((event, message))
+
+    def send(self, pair: _Pair, transfer: Transfer, kind: Kind) -> None:
         """Sends some rows of a pair; one that is already packed as it is goes without a copy."""
         lease = pair.lease
         if lease is None or transfer.num_rows != pair.rows:
-            lease = _pack(self._transport, pair, transfer.rows)
+            lease = _pack(self._transport, pair, transfer)
             self.free_after(lease)
-        message = Message(lease.flat, transfer.peer, self._kind, transfer.hop, sending=True)
-        self._messages.append(message)
+        self._add(lease.flat, transfer, kind, sending=True)
 
     def free_after(self, lease: Lease | None) -> None:
         """Gives a buffer back once the hop is complete."""
         if lease is not None:
             self._done.append(lease)
 
-    def receive(self, like: _Pair, transfer: Transfer) -> _Pair:
+    def receive(self, like: _Pair, transfer: Transfer, kind: Kind) -> _Pair:
         """Receives rows into a buffer of their own; they are there after `wait`."""
         rows = transfer.num_rows
         lease = self._transport.pool.lease(like.numel(rows), like.k)
-        message = Message(lease.flat, transfer.peer, self._kind, transfer.hop, sending=False)
-        self._messages.append(message)
+        self._add(lease.flat, transfer, kind, sending=False)
         return _Pair(*_split(lease.flat, like.k, like.v, rows), lease)
 
-    def post(self) -> "_Hop":
-        self._pending = self._transport.post(self._messages)
+    def post(self) -> None:
+        messages = [message for _, message in sorted(self._messages, key=lambda pair: pair[0])]
+        self._pending = self._transport.post(messages)
         self._emit("post", self._start_s)
-        return self
 
     def wait(self) -> None:
         start_s = trace.now()
@@ -103,16 +109,21 @@ class _Hop:
 
     def _emit(self, name: trace.Name, start_s: float) -> None:
         if self._messages:
-            nbytes = sum(message.nbytes for message in self._messages)
+            nbytes = sum(message.nbytes for _, message in self._messages)
             trace.emit(name, self._phase, self._transport.rank, self._step, start_s, nbytes)
 
 
-def _pack(transport: Transport, pair: _Pair, rows: Rows) -> Lease:
-    count = sum(end - begin for begin, end in rows)
+def _pack(transport: Transport, pair: _Pair, transfer: Transfer) -> Lease:
+    count = transfer.num_rows
     lease = transport.pool.lease(pair.numel(count), pair.k)
     k, v = _split(lease.flat, pair.k, pair.v, count)
+    if transfer.num_ranges > _FEW_RANGES:
+        rows = transfer.index().to(pair.k.device)
+        torch.index_select(pair.k, 2, rows, out=k)
+        torch.index_select(pair.v, 2, rows, out=v)
+        return lease
     at = 0
-    for begin, end in rows:
+    for begin, end in transfer.rows:
         k[:, :, at : at + end - begin].copy_(pair.k[:, :, begin:end])
         v[:, :, at : at + end - begin].copy_(pair.v[:, :, begin:end])
         at += end - begin
@@ -130,14 +141,12 @@ class _Blocks:
     def __getitem__(self, origin: int) -> _Pair:
         return self._held[origin]
 
-    def post(self, step: Step, phase: trace.Phase) -> _Hop:
-        """Posts the K/V messages of a step."""
-        hop = _Hop(self._transport, phase, step.number, "K/V")
+    def exchange(self, hop: _Hop, step: Step) -> None:
+        """Adds the K/V messages of a step."""
         for transfer in step.sends:
-            hop.send(self[transfer.origin], transfer)
+            hop.send(self[transfer.origin], transfer, "K/V")
         for transfer in step.recvs:
-            self._held[transfer.origin] = hop.receive(self._own, transfer)
-        return hop.post()
+            self._held[transfer.origin] = hop.receive(self._own, transfer, "K/V")
 
     def release(self, origins: Iterable[int]) -> None:
         for origin in origins:
@@ -184,7 +193,9 @@ def forward(
 
     blocks = _Blocks(transport, _Pair(k, v))
     for step in plan.steps:
-        hop = blocks.post(step, "forward")
+        hop = _Hop(transport, "forward", step.number)
+        blocks.exchange(hop, step)
+        hop.post()
         if step.folds:
             start_s = trace.now()
             fold(step.folds, step.number == launches[0], step.number == launches[-1])
@@ -206,7 +217,7 @@ class _Gradients:
             torch.zeros(v.shape, dtype=dtype, device=v.device),
         )
         self._out: dict[int, _Pair] = {}
-        self._in: dict[_Hop, list[tuple[Transfer, _Pair]]] = {}
+        self._in: list[tuple[Transfer, _Pair]] = []
 
     def of(self, origin: int, block: _Pair) -> _Pair:
         """Where a fold of `origin`'s block accumulates; never a buffer that is travelling."""
@@ -218,27 +229,31 @@ class _Gradients:
         self._out[origin] = pair
         return pair
 
-    def post(self, step: Step) -> _Hop:
-        """Posts the gradients of the blocks folded in a step, and receives those for own rows."""
-        hop = _Hop(self._transport, "backward", step.number, "dK/dV")
+    def exchange(self, hop: _Hop, step: Step) -> None:
+        """Adds the gradients of the blocks folded in a step, and those for own rows."""
         for transfer in step.grad_sends:
             pair = self._out.pop(transfer.origin)
-            hop.send(pair, transfer)
+            hop.send(pair, transfer, "dK/dV")
             hop.free_after(pair.lease)
-        self._in[hop] = [(t, hop.receive(self.own, t)) for t in step.grad_recvs]
-        return hop.post()
+        for transfer in step.grad_recvs:
+            self._in.append((transfer, hop.receive(self.own, transfer, "dK/dV")))
 
-    def add(self, hop: _Hop) -> None:
-        """Waits for a hop and adds what it brought to the own rows: in step order, always."""
-        hop.wait()
-        for transfer, pair in self._in.pop(hop):
-            at = 0
-            for begin, end in transfer.rows:
-                self.own.k[:, :, begin:end] += pair.k[:, :, at : at + end - begin]
-                self.own.v[:, :, begin:end] += pair.v[:, :, at : at + end - begin]
-                at += end - begin
+    def add_arrived(self) -> None:
+        """Adds what a hop brought to the own rows: in the order of hops, always."""
+        for transfer, pair in self._in:
+            if transfer.num_ranges > _FEW_RANGES:
+                rows = transfer.index().to(pair.k.device)
+                self.own.k.index_add_(2, rows, pair.k)
+                self.own.v.index_add_(2, rows, pair.v)
+            else:
+                at = 0
+                for begin, end in transfer.rows:
+                    self.own.k[:, :, begin:end] += pair.k[:, :, at : at + end - begin]
+                    self.own.v[:, :, begin:end] += pair.v[:, :, at : at + end - begin]
+                    at += end - begin
             assert pair.lease is not None
             self._transport.pool.give_back(pair.lease)
+        self._in.clear()
 
 
 def backward(
@@ -294,21 +309,28 @@ def backward(
 
     own = transport.rank
     sees_own = any(own in step.folds for step in plan.steps)
-    home: _Hop | None = None
+    previous: Step | None = None
     for step in plan.steps:
-        hop = blocks.post(step, "backward")
+        hop = _Hop(transport, "backward", step.number)
+        blocks.exchange(hop, step)
+        if previous is not None:
+            gradients.exchange(hop, previous)
+        hop.post()
         if own in step.folds:
             fold([own], step.number, keys=(0, plan.own_split))
         if others := [origin for origin in step.folds if origin != own]:
             fold(others, step.number)
-        going, home = home, gradients.post(step)
         hop.wait()
-        if going is not None:
-            gradients.add(going)
+        gradients.add_arrived()
         blocks.release(step.release)
+        previous = step
+    last = plan.steps[-1]
+    hop = _Hop(transport, "backward", last.number + 1)
+    gradients.exchange(hop, last)
+    hop.post()
     if sees_own:
-        fold([own], plan.steps[-1].number + 1, keys=(plan.own_split, k.shape[2]))
-    if home is not None:
-        gradients.add(home)
+        fold([own], last.number + 1, keys=(plan.own_split, k.shape[2]))
+    hop.wait()
+    gradients.add_arrived()
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
     return dq.to(q.dtype), gradients.own.k.to(k.dtype), gradients.own.v.to(v.dtype), dsinks

@@ -83,21 +83,10 @@ std::vector<Step> chain(const Reads& reads, int64_t rank) {
   return hops;
 }
 
-// Whether any message of `kv` has the same peer as one of `gradients`.
-bool share_peer(const std::vector<Transfer>& kv, const std::vector<Transfer>& gradients) {
-  for (const Transfer& message : kv) {
-    for (const Transfer& gradient : gradients) {
-      if (gradient.peer == message.peer) return true;
-    }
-  }
-  return false;
-}
-
 // Whether the transfers of a hop without folds may be posted with those of the step before it: it
-// is the very next hop, what it sends is held by then, it overtakes no gradients of that step
-// between the same two ranks (NCCL would match the wrong messages), and no step gets more than one
-// message of a kind, so that two K/V buffers are enough. (A later hop would let ranks wait for each
-// other, see Note [order of messages] in ring_attention/loop.py.)
+// is the very next hop, what it sends is held by then, and no step gets more than one message of a
+// kind, so that two K/V buffers are enough. (A later hop would overtake that step's gradients,
+// which are posted after it: see Note [order of messages] in ring_attention/loop.py.)
 bool may_join(const Step& step, const Step& hop) {
   const auto one = [](const std::vector<Transfer>& a, const std::vector<Transfer>& b) {
     return a.size() + b.size() <= 1;
@@ -107,10 +96,8 @@ bool may_join(const Step& step, const Step& hop) {
       if (recv.origin == send.origin) return false;
     }
   }
-  return hop.folds.empty() && hop.number == step.number + 1 &&
-         !share_peer(hop.sends, step.grad_sends) && !share_peer(hop.recvs, step.grad_recvs) &&
-         one(step.sends, hop.sends) && one(step.recvs, hop.recvs) &&
-         one(step.grad_recvs, hop.grad_recvs);
+  return hop.folds.empty() && hop.number == step.number + 1 && one(step.sends, hop.sends) &&
+         one(step.recvs, hop.recvs) && one(step.grad_recvs, hop.grad_recvs);
 }
 
 void join(Step& step, Step&& hop) {
