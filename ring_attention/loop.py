@@ -6,7 +6,7 @@
         fold the blocks that are here                computing hides what is under way
         wait
 
-Note [order of messages]. Call K/V of hop h the event 2h, gradients of the blocks folded at hop t the
+Note [order of messages]. K/V of hop h are the event 2h, gradients of the blocks folded at hop t the
 event 2t + 3: after K/V of hop t + 1, which are needed sooner, and before those of t + 2. Every rank
 posts in the order of events and waits for an event only after it has posted all its own up to that
 one. So no ring of ranks can wait for itself, and a backend that matches messages by order (NCCL)
