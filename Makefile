@@ -24,7 +24,9 @@ FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 .PHONY: demo test check bench clean prerequisites
 .DELETE_ON_ERROR:
 
+# --check first: bad arguments get one clear error instead of torchrun's report.
 demo: $(VENV)/built
+	@$(BIN)/python examples/train.py --check $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train.py $(ARGS)
 
 test: $(VENV)/built

@@ -39,7 +39,9 @@ GPUS = (
 
 def arguments() -> argparse.Namespace:
     """The command line, checked: whatever is wrong with it ends here, in one line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options], see --help", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--text", type=Path, help="a file or folder (Python's standard library)")
     parser.add_argument("--schedule", default=SCHEDULE, help=f"context x steps, ... ({SCHEDULE})")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for results (demo)")
