@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A language model over bytes whose sequences are shared by a ring."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
 from ring_attention import (
+    Causal,
+    RingAttention,
     RingTransformerBlock,
+    Window,
     Zigzag,
+    agree,
     linear_cross_entropy,
     plan,
+    rank_of,
     shift_labels,
     sum_gradients,
 )
@@ -16,6 +23,20 @@ from ring_attention import (
 # Half of the layers look back a little, half all the way. A windowed layer sends only the rows
 # that its windows reach.
 WINDOWS = [(511, 0), None, (511, 0), None]
+
+
+@lru_cache
+def _plans(layer: RingAttention, batch: int, layout: Zigzag) -> dict:
+    """Plans for all windows, agreed on by the ranks: attention then posts without asking again."""
+    group = layer.group
+    rows = layout.sizes[rank_of(group)]
+    q = torch.empty(batch, layer.heads, rows, layer.head_dim, device="meta")
+    plans = {}
+    for window in dict.fromkeys(WINDOWS):  # in the same order on all ranks
+        mask = Causal() if window is None else Causal() & Window(*window)
+        plans[mask] = plan(mask, layout, group=group)
+        agree(plans[mask], group, q, q, q)
+    return plans
 
 
 class ByteModel(nn.Module):
@@ -52,8 +73,7 @@ class ByteModel(nn.Module):
         layout = Zigzag(tokens.shape[1], world_size)
         batch = {"tokens": tokens, "labels": shift_labels(tokens)}  # shifted first, then sharded
         batch = layout.shard(batch, self.group)
-        masks = {block.attention.effective_mask() for block in self.blocks}
-        plans = {mask: plan(mask, layout, group=self.group) for mask in masks}
+        plans = _plans(self.blocks[0].attention, len(tokens), layout)
 
         x = self.embedding(batch["tokens"])
         for block in self.blocks:

@@ -83,17 +83,21 @@ def draw_timeline(ranks: Sequence[Sequence[Event]], title: str, path: Path) -> N
         end = max(event.end_s for event in events) - begin
         for axes in (whole, close):
             _lanes(axes, ranks, begin)
-        # The closer look: around the longest message of the backward pass.
-        hop = max(events, key=lambda e: (e.name == "transfer", e.phase == "backward", _seconds(e)))
-        middle, half = (hop.start_s + hop.end_s) / 2 - begin, 1.6 * _seconds(hop)
+        # The closer look: around the longest wait.
+        longest = max(events, key=lambda e: (e.name == "wait", _seconds(e)))
+        middle, half = (longest.start_s + longest.end_s) / 2 - begin, end / 8
         whole.set_xlim(-0.005 * end, 1.005 * end)
         whole.axvspan(middle - half, middle + half, color=PALE, alpha=0.2, lw=0, zorder=0)
         close.set_xlim(middle - half, middle + half)
     else:
         whole.text(0.5, 0.5, "one rank: nothing travels", ha="center", transform=whole.transAxes)
     whole.set_title(title, loc="left", weight="bold")
-    close.set_title("A closer look at the grey part", loc="left", weight="bold")
-    close.set_xlabel("seconds")
+    close.set_title(
+        "A closer look at the grey part",
+        loc="left",
+        weight="bold",
+    )
+    close.set_xlabel("seconds (the rest of the model runs in the gaps)")
     handles = [Patch(color=color, label=label) for color, label in COLORS.values()]
     whole.figure.legend(handles=handles, frameon=False, ncols=4, loc="outside lower center")
     _save(path)

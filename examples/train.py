@@ -166,7 +166,7 @@ Trained in {took_s:.0f} s to {bits:.2f} bits per byte ({entropy:.2f} for countin
   context      {context:,} tokens in one sequence, on {ranks} ranks
   peak memory  {peak} GB per rank, everything included ({max(before) / 1e9:.2f} before training);
                the N x N scores of a single layer would take {context**2 * HEADS * 4 / 1e9:.1f} GB
-  exposed      {waited:.1%} of the time was spent waiting for the ring
+  exposed      {waited:.1%} of the time was spent waiting for blocks and gradients of the ring
   results      {args.out}/loss.png, timeline.png and checkpoint.pt (--resume goes on from it)
   on GPUs      {GPUS}
                (not yet: this release has no CUDA kernels; several CPU machines work today)""")
