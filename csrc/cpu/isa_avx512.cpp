@@ -26,9 +26,9 @@ namespace {
 
 template <typename Elem>
 struct Avx512Arch : MultiplyAdd<Elem, Vec512> {
-  static constexpr int64_t kStripe = 24, kKeyBlock = 96, kTilePanels = 4, kMaxPanel = 64;
-  // Q^T of a panel takes about half of the L1 cache.
-  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 96 ? 64 : dim <= 128 ? 48 : 32; }
+  static constexpr int64_t kStripe = 24, kKeyBlock = 192, kTilePanels = 4, kMaxPanel = 64;
+  // Q^T of a panel takes no more than two thirds of the L1 cache.
+  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 128 ? 64 : 32; }
 
   // rows x vectors, of 32 registers.
   template <typename Column>
