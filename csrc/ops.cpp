@@ -646,6 +646,19 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
+// What the threads together reach in a loop of nothing but multiply-adds, for benchmarks.
+double cpu_peak_flops(const Tensor& like, double seconds) {
+  const DType dtype = kernel_dtype("cpu_peak_flops", {like, "like"});
+  const Parallel parallel = on_torch_threads();
+  std::vector<double> rates(static_cast<size_t>(parallel.threads));
+  parallel(parallel.threads, [&](int64_t i) {
+    rates[static_cast<size_t>(i)] = cpu::isa().peak_flops(dtype, seconds);
+  });
+  double sum = 0;
+  for (double rate : rates) sum += rate;
+  return sum;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ring_attention, m) {
@@ -672,6 +685,7 @@ STABLE_TORCH_LIBRARY(ring_attention, m) {
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
+  m.def("cpu_peak_flops(Tensor like, float seconds) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ring_attention, CPU, m) {
@@ -683,6 +697,7 @@ STABLE_TORCH_LIBRARY_IMPL(ring_attention, CPU, m) {
   m.impl("sink_gradient", TORCH_BOX(&sink_gradient));
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("cpu_peak_flops", TORCH_BOX(&cpu_peak_flops));
 }
 
 // No tensor argument says where these run.

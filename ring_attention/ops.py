@@ -58,6 +58,16 @@ def isa_names() -> list[str]:
     return names
 
 
+def peak_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """Floating point operations per second of a loop of nothing but multiply-adds.
+
+    Uses the instruction that the CPU kernels multiply `dtype` with, on torch.get_num_threads()
+    threads: the rate that benchmarks measure the kernels against.
+    """
+    flops: float = _ops.cpu_peak_flops(torch.empty(0, dtype=dtype), seconds)
+    return flops
+
+
 # ---------------------------------------------------------------------------------------------
 # What the operators write into
 
