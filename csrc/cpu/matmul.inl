@@ -127,7 +127,7 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t width, int64_t uni
                                         const typename Arch::Unit* b, int64_t b_row,
                                         typename Arch::State* c, int64_t c_row, bool accumulate) {
   if constexpr (Arch::kOwnProduct) {
-    return Arch::product(rows, width, units, a, b, b_row, c, c_row, accumulate);
+    Arch::product(rows, width, units, a, b, b_row, c, c_row, accumulate);
   } else {
     constexpr int kLanes = Arch::V::kLanes;
     int64_t j = 0;
