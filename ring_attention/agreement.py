@@ -9,12 +9,12 @@ the time-out. A collective would not do: a rank that skipped it would hang both.
 
 import json
 import time
-from datetime import timedelta
 from typing import Any
 
 from .ring import RingError, Transport, timeout_s
 
-_POLL_S = 1.0
+# Between looks at the Store. (Its own wait would log a warning whenever a peer is late.)
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 20e-3
 _POISON = "ring_attention/poison"
 
 
@@ -56,24 +56,23 @@ def _await_peers(transport: Transport, key: str, number: int, what: dict[str, st
     store = transport.store
     missing = [peer for peer in range(transport.size) if peer != transport.rank]
     deadline = time.monotonic() + timeout_s()
+    pause_s = _SHORTEST_PAUSE_S
     while missing:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        if time.monotonic() > deadline:
             raise RingError(
                 f"ring_attention: call {number} ({what['call']}) of group {transport.name!r}: "
                 f"group ranks {missing} never arrived within {timeout_s():g} s; they made fewer "
                 "calls than this rank, are still busy, or died"
             )
-        try:
-            store.wait([f"{key}/{peer}" for peer in missing], timedelta(seconds=min(left, _POLL_S)))
-            arrived = missing
-        except RuntimeError:  # DistStoreError: not all of them yet
-            arrived = [peer for peer in missing if store.check([f"{key}/{peer}"])]
+        arrived = [peer for peer in missing if store.check([f"{key}/{peer}"])]
         for peer in arrived:
             _compare(transport, peer, number, what, json.loads(store.get(f"{key}/{peer}")))
         missing = [peer for peer in missing if peer not in arrived]
-        if missing and store.check([_POISON]):
-            raise RingError(store.get(_POISON).decode())
+        if missing:
+            if store.check([_POISON]):
+                raise RingError(store.get(_POISON).decode())
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _compare(
