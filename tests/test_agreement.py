@@ -69,24 +69,30 @@ def test_virtual_ranks_that_differ_are_all_told(what: str) -> None:
     assert max(run_virtual(3, call_differently, what)) < 10
 
 
-def test_processes_that_differ_are_all_told() -> None:
-    with pool(3) as ranks:
-        assert max(ranks.run(call_differently, "dtype")) < 10
+def call_differently_in_a_new_group(world: Any, what: str) -> float:
+    """The group is lost afterwards, the session's pool is not."""
+    return call_differently(dist.new_group(), what)
 
 
-def stay_away(group: Any) -> str:
-    os.environ["RING_ATTENTION_TIMEOUT"] = "2"
+def test_processes_that_differ_are_all_told(pools) -> None:
+    assert max(pools(3).run(call_differently_in_a_new_group, "dtype")) < 10
+
+
+def stay_away(world: Any) -> str:
+    group = dist.new_group()
     if dist.get_rank(group) == 1:
-        time.sleep(4)
         return ""
-    with pytest.raises(RingError) as caught:
-        attention(*qkv(group), group=group, layout=Contiguous(LENGTH, 3))
+    os.environ["RING_ATTENTION_TIMEOUT"] = "2"
+    try:
+        with pytest.raises(RingError) as caught:
+            attention(*qkv(group), group=group, layout=Contiguous(LENGTH, 3))
+    finally:
+        del os.environ["RING_ATTENTION_TIMEOUT"]
     return str(caught.value)
 
 
-def test_a_rank_that_never_arrives_is_named() -> None:
-    with pool(3) as ranks:
-        messages = ranks.run(stay_away)
+def test_a_rank_that_never_arrives_is_named(pools) -> None:
+    messages = pools(3).run(stay_away)
     for rank in (0, 2):
         assert "call 0 (attention)" in messages[rank]
         assert "group ranks [1] never arrived within 2 s" in messages[rank]
