@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 
 EMBED_DIM, HEADS = 192, 3
 TOKENS_PER_STEP = 2048  # short contexts are batched
-SCHEDULE = "512x120,4096x16,32768x4"
+SCHEDULE = "512x100,4096x12,32768x3"
 GPUS = (
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\\n"
     "                 examples/train.py --device cuda --schedule 8192x100,1048576x10"
