@@ -1,27 +1,30 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The backward kernel, five products without atomics. Query rows and keys are cut into n chunks,
-// n by shape; at step t all pairs (query chunk (j + t) mod n, key chunk j) run in parallel: no two
-// share dq, dk or dv, and each sum has a fixed order, whatever the number of threads. One task:
+// The backward kernel, five products without atomics. One task is a pair of chunks, query rows
+// against keys, see Note [pairs]:
 //
 //   for each interval, tile of the query chunk:
 //     load the tile: Q^T, dO^T; Q, dO; lse, delta
 //     for each key block of the key chunk that the tile sees:
 //       K and V as they are, K's columns
-//       for each panel of the tile that sees the key block:
-//         for each stripe of keys:  S^T = K Q^T;  dP^T = V dO^T;
-//                                   P = exp2(S - lse);  dS = P (dP - delta);  mask
-//         dQ^T += K^T dS^T;  dV += P^T dO;  dK += dS^T Q
+//       for each pass, a few panels of the tile that see the key block:
+//         for each panel:
+//           for each stripe of keys:  S^T = K Q^T;  P = exp2(S - lse);  mask
+//                                     dP^T = V dO^T;  dS = P (dP - delta);  mask
+//           dQ^T += K^T dS^T
+//         dV += P^T dO;  dK += dS^T Q
 //       write: add dK, dV to the tensors
 //     write: add dQ to the tensor
 //
-// The orientation is the forward's: keys are rows, queries are lanes. The softcap's derivative
-// multiplies dS; the scale multiplies dQ and dK when they are added.
+// The orientation is the forward's: keys are rows, queries are lanes, P and dS are formed of sums
+// that are still in registers. The softcap's derivative multiplies dS; the scale multiplies dQ and
+// dK when they are added.
 //
 // Memory: the operands of a query tile, K, K's columns, V, dK and dV of one key block, P and dS of
-// a panel; none grows with the sequence.
+// a pass; none grows with the sequence.
 #pragma once
 
+#include "pair_schedule.h"
 #include "tile.inl"
 
 namespace ring_attention::cpu {
@@ -35,89 +38,71 @@ class Backward {
   using V = typename Arch::V;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
-  static constexpr int64_t kStripe = Arch::kStripe;
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
   static void run(const BackwardParams& p, const Parallel& parallel) {
-    const int64_t panel = Arch::panel_rows(std::max(p.head_dim, p.v_head_dim));
-    const int64_t rows = QueryRows(p, panel).count(), problems = p.batch * p.kv_heads;
+    const TileShape shape = Arch::backward_shape(std::max(p.head_dim, p.v_head_dim));
     for (int64_t i = 0; i < p.num_blocks; ++i) {
       const KVBlock& block = p.blocks[i];
       if (block.k_len == 0) continue;
-      const int64_t n = chunks(problems, std::max(rows, block.k_len));
-      const int64_t row_chunk = round_up(divide_up(rows, n), panel);
-      const int64_t key_chunk = round_up(divide_up(block.k_len, n), Arch::kKeyBlock);
-      for (int64_t t = 0; t < n; ++t) {
-        parallel(problems * n, [&](int64_t task) {
-          const int64_t j = task / problems, problem = task % problems;
-          const int64_t row = (j + t) % n * row_chunk, key = j * key_chunk;
-          if (row >= rows || key >= block.k_len) return;
-          Backward kernel(p, block, panel, problem / p.kv_heads, problem % p.kv_heads);
-          kernel.pair(row, std::min(row + row_chunk, rows), key,
-                      std::min(key + key_chunk, block.k_len));
-        });
-      }
+      PairSchedule schedule(p, block, shape);
+      schedule.run(parallel, [&](const PairSchedule::Pair& pair) {
+        Backward(p, block, shape, pair.batch, pair.kv_head).fold(pair);
+      });
     }
   }
 
  private:
-  // Enough chunks for 64 tasks at a time, of at least 256 rows.
-  static int64_t chunks(int64_t problems, int64_t length) {
-    return std::clamp<int64_t>(divide_up(64, problems), 1,
-                               std::clamp<int64_t>(length / 256, 1, 16));
-  }
-
-  Backward(const BackwardParams& params, const KVBlock& block, int64_t panel, int64_t b,
+  Backward(const BackwardParams& params, const KVBlock& block, const TileShape& shape, int64_t b,
            int64_t kv_head)
       : p_(params),
         block_(block),
+        shape_(shape),
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         v_units_(round_up(params.v_head_dim, Arch::kDepthStep) / kPair),
         width_(round_up(params.head_dim, Arch::kWidthStep)),
         v_width_(round_up(params.v_head_dim, Arch::kWidthStep)),
-        tile_(params, panel, b, kv_head),
+        pass_units_(shape.pass * shape.panel / kPair),
+        tile_(params, shape.panel, b, kv_head),
         scratch_([&](Scratch& scratch) { take(scratch); }) {}
 
   void take(Scratch& scratch) {
-    const int64_t panel = tile_.panel, rows = Arch::kTilePanels * panel;
-    const int64_t keys = Arch::kKeyBlock;
+    const int64_t panel = tile_.panel, rows = shape_.panels * panel, keys = shape_.key_block;
     tile_.take(scratch, rows);
     scratch.array(q_lanes_, rows * round_up(units_, kLanes));
     scratch.array(dout_lanes_, rows * round_up(v_units_, kLanes));
-    scratch.array(q_rows_, rows / kPair * width_);
-    scratch.array(dout_rows_, rows / kPair * v_width_);
+    scratch.array(q_copy_, rows / kPair * round_up(width_, kLaneBlock));
+    scratch.array(dout_copy_, rows / kPair * round_up(v_width_, kLaneBlock));
     scratch.array(dq_, rows * width_);
     scratch.array(lse_, rows);
     scratch.array(delta_, rows);
-    scratch.array(scores_, kStripe * panel);
-    scratch.array(dprobs_, kStripe * panel);
-    scratch.array(p_rows_, keys / kPair * panel);
-    scratch.array(ds_rows_, keys / kPair * panel);
-    scratch.array(ds_lanes_, keys / kPair * panel);
+    scratch.array(weights_, shape_.stripe * panel);
+    scratch.array(p_rows_, keys * pass_units_);
+    scratch.array(ds_rows_, keys * pass_units_);
+    scratch.array(ds_lanes_, kPair > 1 ? keys / kPair * panel : 0);
     scratch.array(k_copy_, keys * width_ / kPair);
     scratch.array(k_columns_, keys * width_ / kPair);
     scratch.array(k_transposed_, Arch::kTransposeColumns ? keys * width_ / kPair : 0);
     scratch.array(v_copy_, keys * v_width_ / kPair);
-    scratch.array(dk_, keys * width_);
-    scratch.array(dv_, keys * v_width_);
+    scratch.array(dk_scratch_, keys * width_);
+    scratch.array(dv_scratch_, keys * v_width_);
     scratch.array(row_, kLanes * width_);
   }
 
-  // One pair of chunks: rows [row, row_end) against keys [key, key_end).
-  void pair(int64_t row, int64_t row_end, int64_t key, int64_t key_end) {
+  void fold(const PairSchedule::Pair& pair) {
     [[maybe_unused]] const typename Arch::Session session;
-    const int64_t tile_rows = Arch::kTilePanels * tile_.panel;
+    const int64_t tile_rows = shape_.panels * tile_.panel;
     for (int64_t n = 0; n < block_.intervals; ++n) {
-      for (int64_t first = row; first < row_end; first += tile_rows) {
-        tile_.move_to(first, std::min(tile_rows, row_end - first));
+      for (int64_t first = pair.row; first < pair.row_end; first += tile_rows) {
+        tile_.move_to(first, std::min(tile_rows, pair.row_end - first));
         tile_.see(block_, n);
-        if (!tile_.extent.touches(key, key_end)) continue;
+        if (!tile_.extent.touches(pair.key, pair.key_end)) continue;
         load();
-        for (int64_t from = key; from < key_end; from += Arch::kKeyBlock) {
-          fold_keys(from, std::min<int64_t>(Arch::kKeyBlock, key_end - from));
+        for (int64_t from = pair.key; from < pair.key_end; from += shape_.key_block) {
+          fold_keys(from, std::min(shape_.key_block, pair.key_end - from));
         }
         write_dq();
       }
@@ -127,7 +112,7 @@ class Backward {
   // One key block against every panel that sees it.
   void fold_keys(int64_t from, int64_t count) {
     if (!tile_.touches(from, count)) return;
-    bool marks[Arch::kKeyBlock];
+    bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
     KeyBlock<Arch> keys;
     keys.set(first_row(block_.v, block_.v_stride, from), block_.v_stride.row, count, unseen);
@@ -135,104 +120,247 @@ class Backward {
     keys.set(first_row(block_.k, block_.k_stride, from), block_.k_stride.row, count, unseen);
     const Operand<Unit> k = keys.as_rows(p_.head_dim, k_copy_);
     const Operand<Unit> columns = keys.as_columns(p_.head_dim, k_columns_, k_transposed_);
-    std::memset(dk_, 0, keys.padded * width_ * sizeof *dk_);
-    std::memset(dv_, 0, keys.padded * v_width_ * sizeof *dv_);
-    for (int64_t u = 0; u < tile_.panels(); ++u) {
-      if (!tile_.extents[u].touches(from, from + count)) continue;
-      const bool masked = !tile_.extents[u].covers(from, from + keys.padded);
-      if (masked) tile_.bound(u, from, count);
-      const StripeRange range = stripes_of(tile_.extents[u], from, keys.padded, kStripe);
-      for (int64_t j = range.begin; j < range.end; j += kStripe) {
-        const int64_t stripe = std::min(kStripe, range.end - j);
-        scores(u, k, v, j, stripe);
-        softmax_update(u, j, stripe, masked);
+    sum_keys_from(from, keys);
+    for (int64_t pass = 0; pass < tile_.panels(); pass += shape_.pass) {
+      const int64_t pass_end = std::min(pass + shape_.pass, tile_.panels());
+      for (int64_t u = pass; u < pass_end; ++u) {
+        if (!tile_.extents[u].touches(from, from + count)) continue;
+        if (!tile_.extents[u].covers(from, from + keys.padded)) tile_.bound(u, from, count);
+        const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
+        if (p_.softcap != 0.0) {
+          softmax<true>(u, k, v, from, range);
+        } else {
+          softmax<false>(u, k, v, from, range);
+        }
+        accumulate_dq(u, columns, range);
       }
-      accumulate(u, columns, range);
+      accumulate_keys(pass, pass_end, from, keys);
     }
-    write_keys(from, count);
+    if (!in_place_) write_keys(from, count);
   }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {
     return static_cast<const Elem*>(data) + tile_.batch * stride.batch + kv_head_ * stride.head +
            from * stride.row;
   }
-
   // ---- one panel, one key block
 
-  // S^T = K Q^T, unscaled, and dP^T = V dO^T for one stripe.
-  void scores(int64_t u, Operand<Unit> k, Operand<Unit> v, int64_t j, int64_t keys) {
-    const int64_t panel = tile_.panel;
-    multiply<Arch>(keys, panel, units_, k.at(j, 0), q_lanes_ + u * panel * units_, panel, scores_,
-                   panel, false);
-    multiply<Arch>(keys, panel, v_units_, v.at(j, 0), dout_lanes_ + u * panel * v_units_, panel,
-                   dprobs_, panel, false);
-  }
+  // Where a panel's rows lie within its pass, in units of P and dS.
+  int64_t pass_column(int64_t u) const { return u % shape_.pass * tile_.panel / kPair; }
 
-  void softmax_update(int64_t u, int64_t j, int64_t keys, bool masked) {
-    const bool capped = p_.softcap != 0.0;
-    if (masked) {
-      capped ? softmax_lanes<true, true>(u, j, keys) : softmax_lanes<true, false>(u, j, keys);
-    } else {
-      capped ? softmax_lanes<false, true>(u, j, keys) : softmax_lanes<false, false>(u, j, keys);
+  // P and dS of the panel: S and dP of some keys at a time, so that the weights stay in L1.
+  template <bool kCapped>
+  void softmax(int64_t u, Operand<Unit> k, Operand<Unit> v, int64_t from, KeyRange<Arch> range) {
+    for (int64_t j = range.begin; j < range.end; j += shape_.stripe) {
+      const int64_t keys = std::min(shape_.stripe, range.end - j);
+      probabilities<kCapped>(u, k, from, j, keys);
+      score_gradients<kCapped>(u, v, from, j, keys);
     }
   }
 
-  // P and dS of one stripe, as the products want them.
-  template <bool kMasked, bool kCapped>
-  void softmax_lanes(int64_t u, int64_t j, int64_t keys) {
-    const int64_t panel = tile_.panel;
-    const V scale = V::set(static_cast<State>(kCapped ? p_.softcap : p_.scale) * kLog2e);
-    const V slope = V::set(static_cast<State>(kCapped ? p_.scale / p_.softcap : 0.0));
-    for (int64_t i = 0; i < panel; i += kLanes) {
-      const V minus_lse = V::zero() - V::load(lse_ + u * panel + i);
-      const V delta = V::load(delta_ + u * panel + i);
-      const V low = V::load(tile_.low + i), high = V::load(tile_.high + i);
-      for (int64_t r = 0; r < keys; r += kPair) {
-        V prob[kPair], ds[kPair];
+  // What a tile of products is met with, see Forward::Panel. dS = weight (dP - delta), with weight
+  // = P times the softcap's derivative; what P is stored as may serve, where nothing was
+  // multiplied.
+  struct Panel {
+    const State* lse;
+    const State* delta;
+    const State* low;
+    const State* high;
+    State* weights;  // these and the next ones: of the first key of the stripe
+    int64_t weight_row;
+    Unit* p_rows;
+    Unit* ds_rows;
+    int64_t row;  // of p_rows and ds_rows
+    Unit* ds_lanes;
+    int64_t lanes_row;
+    int64_t first_key, full_begin, full_end;
+    State scale, slope;
+
+    bool covers(int64_t i, int64_t count) const { return full_begin <= i && i + count <= full_end; }
+  };
+
+  template <bool kCapped>
+  Panel panel_of(int64_t u, int64_t from, int64_t stripe) const {
+    const int64_t panel = tile_.panel, at = stripe * pass_units_ + pass_column(u);
+    Panel view = {.lse = lse_ + u * panel,
+                  .delta = delta_ + u * panel,
+                  .low = tile_.low,
+                  .high = tile_.high,
+                  .weights = weights_,
+                  .weight_row = panel,
+                  .p_rows = p_rows_ + at,
+                  .ds_rows = ds_rows_ + at,
+                  .row = pass_units_,
+                  .ds_lanes = ds_lanes_ + stripe / kPair * panel,
+                  .lanes_row = panel,
+                  .first_key = stripe,
+                  .full_begin = tile_.extents[u].full_begin - from - stripe,
+                  .full_end = tile_.extents[u].full_end - from - stripe,
+                  .scale = static_cast<State>(kCapped ? p_.softcap : p_.scale) * kLog2e,
+                  .slope = static_cast<State>(kCapped ? p_.scale / p_.softcap : 0.0)};
+    if constexpr (kPair == 1 && !kCapped) {
+      view.weights = view.p_rows;
+      view.weight_row = view.row;
+    }
+    return view;
+  }
+
+  // P^T = exp2(S^T - lse), S^T = K Q^T, for the keys [stripe, stripe + keys).
+  template <bool kCapped>
+  __attribute__((noinline)) void probabilities(int64_t u, Operand<Unit> k, int64_t from,
+                                               int64_t stripe, int64_t keys) {
+    const Panel panel = panel_of<kCapped>(u, from, stripe);
+    for_tiles<Arch, 2>(keys, tile_.lanes(u), units_, k.at(stripe, 0),
+                       {q_lanes_ + u * tile_.panel * units_, tile_.panel},
+                       [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
+                           __attribute__((always_inline)) {
+                             if (panel.covers(i, kRows)) {
+                               probability_tile<kCapped, false>(scores, panel, i, lane);
+                             } else {
+                               probability_tile<kCapped, true>(scores, panel, i, lane);
+                             }
+                           });
+  }
+
+  template <bool kCapped, bool kMasked, int kRows, int kVecs>
+  static RA_INLINE void probability_tile(const V (&scores)[kRows][kVecs], const Panel& panel,
+                                         int64_t i, int64_t lane) {
+    constexpr bool kOwnWeights = kPair > 1 || kCapped;
+    const V scale = V::set(panel.scale), slope = V::set(panel.slope), one = V::set(1);
+    const int64_t key = panel.first_key + i;
+    Unit* p_rows[kRows / kPair];
+    State* weights[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      if (r % kPair == 0) p_rows[r / kPair] = panel.p_rows + (i + r) * panel.row + lane / kPair;
+      weights[r] = panel.weights + (i + r) * panel.weight_row + lane;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = lane + v * kLanes;
+      const V lse = V::load(panel.lse + at);
+      V low = V::zero(), high = V::zero();
+      if constexpr (kMasked) low = V::load(panel.low + at), high = V::load(panel.high + at);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; r += kPair) {
+        V prob[kPair];
 #pragma GCC unroll 2
         for (int s = 0; s < kPair; ++s) {
-          V score = V::load(scores_ + (r + s) * panel + i);
+          V score = scores[r + s][v];
           if constexpr (kCapped) score = tanh(score * slope);
-          prob[s] = exp2<Arch::kExpTerms>(fma(score, scale, minus_lse));
-          ds[s] = prob[s] * (V::load(dprobs_ + (r + s) * panel + i) - delta);
-          if constexpr (kCapped) ds[s] = ds[s] * (V::set(1) - score * score);
+          prob[s] = exp2<Arch::kExpTerms>(fms(score, scale, lse));
           if constexpr (kMasked) {
-            prob[s] = keep_visible(j + r + s, low, high, prob[s], V::zero());
-            ds[s] = keep_visible(j + r + s, low, high, ds[s], V::zero());
+            prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
+          }
+          if constexpr (kOwnWeights) {
+            const V weight = kCapped ? prob[s] * (one - score * score) : prob[s];
+            weight.store(weights[r + s] + v * kLanes);
           }
         }
-        Arch::store_rows(prob, p_rows_, j + r, i, panel);
-        Arch::store_rows(ds, ds_rows_, j + r, i, panel);
-        if constexpr (kPair > 1) {
-          Arch::store_lanes(ds, ds_lanes_ + (j + r) / kPair * panel + i);
-        }
+        Arch::store_rows(prob, p_rows[r / kPair] + v * kLanes / kPair, panel.row);
       }
     }
   }
 
-  void accumulate(int64_t u, Operand<Unit> columns, StripeRange range) {
-    const int64_t panel = tile_.panel, keys = range.end - range.begin;
-    const int64_t key = range.begin / kPair, row_units = panel / kPair;
-    const Unit* ds_lanes = kPair > 1 ? ds_lanes_ : ds_rows_;
-    // dQ^T += K^T dS^T
-    multiply<Arch>(round_up(p_.head_dim, Arch::kDepthStep), panel, keys / kPair, columns.at(0, key),
-                   ds_lanes + key * panel, panel, dq_ + u * width_ * panel, panel, true);
-    // dV += P^T dO
-    multiply<Arch>(keys, v_width_, row_units, {p_rows_ + range.begin * row_units, row_units, 1},
-                   dout_rows_ + u * row_units * v_width_, v_width_, dv_ + range.begin * v_width_,
-                   v_width_, true);
-    // dK += dS^T Q
-    multiply<Arch>(keys, width_, row_units, {ds_rows_ + range.begin * row_units, row_units, 1},
-                   q_rows_ + u * row_units * width_, width_, dk_ + range.begin * width_, width_,
-                   true);
+  // dS^T = weight (dP^T - delta), dP^T = V dO^T.
+  template <bool kCapped>
+  __attribute__((noinline)) void score_gradients(int64_t u, Operand<Unit> v, int64_t from,
+                                                 int64_t stripe, int64_t keys) {
+    const Panel panel = panel_of<kCapped>(u, from, stripe);
+    for_tiles<Arch, 2>(keys, tile_.lanes(u), v_units_, v.at(stripe, 0),
+                       {dout_lanes_ + u * tile_.panel * v_units_, tile_.panel},
+                       [&]<int kRows, int kVecs>(V(&dprobs)[kRows][kVecs], int64_t i, int64_t lane)
+                           __attribute__((always_inline)) {
+                             if (panel.covers(i, kRows)) {
+                               score_gradient_tile<false>(dprobs, panel, i, lane);
+                             } else {
+                               score_gradient_tile<true>(dprobs, panel, i, lane);
+                             }
+                           });
+  }
+
+  template <bool kMasked, int kRows, int kVecs>
+  static RA_INLINE void score_gradient_tile(const V (&dprobs)[kRows][kVecs], const Panel& panel,
+                                            int64_t i, int64_t lane) {
+    const int64_t key = panel.first_key + i;
+    Unit* ds_rows[kRows / kPair];
+    Unit* ds_lanes[kRows / kPair];
+    const State* weights[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      if (r % kPair == 0) {
+        ds_rows[r / kPair] = panel.ds_rows + (i + r) * panel.row + lane / kPair;
+        ds_lanes[r / kPair] = panel.ds_lanes + (i + r) / kPair * panel.lanes_row + lane;
+      }
+      weights[r] = panel.weights + (i + r) * panel.weight_row + lane;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = lane + v * kLanes;
+      const V delta = V::load(panel.delta + at);
+      V low = V::zero(), high = V::zero();
+      if constexpr (kMasked) low = V::load(panel.low + at), high = V::load(panel.high + at);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; r += kPair) {
+        V ds[kPair];
+#pragma GCC unroll 2
+        for (int s = 0; s < kPair; ++s) {
+          ds[s] = V::load(weights[r + s] + v * kLanes) * (dprobs[r + s][v] - delta);
+          if constexpr (kMasked) ds[s] = keep_visible(key + r + s, low, high, ds[s], V::zero());
+        }
+        Arch::store_rows(ds, ds_rows[r / kPair] + v * kLanes / kPair, panel.row);
+        if constexpr (kPair > 1) Arch::store_lanes(ds, ds_lanes[r / kPair] + v * kLanes);
+      }
+    }
+  }
+
+  // dQ^T += K^T dS^T
+  void accumulate_dq(int64_t u, Operand<Unit> columns, KeyRange<Arch> range) {
+    const int64_t panel = tile_.panel, key = range.begin / kPair;
+    const Unit* ds = kPair > 1 ? ds_lanes_ : ds_rows_ + pass_column(u);
+    const int64_t ds_row = kPair > 1 ? panel : pass_units_;
+    multiply_into<Arch>(round_up(p_.head_dim, Arch::kDepthStep), tile_.lanes(u),
+                        range.count() / kPair, columns.at(0, key), {ds + key * ds_row, ds_row},
+                        dq_ + u * width_ * panel, panel);
+  }
+
+  // dV += P^T dO and dK += dS^T Q over the rows of a pass: panels that see the same keys at once.
+  void accumulate_keys(int64_t pass, int64_t pass_end, int64_t from, const KeyBlock<Arch>& keys) {
+    const auto range_of = [&](int64_t u) {
+      return KeyRange<Arch>(tile_.extents[u], from, keys.padded, tile_.lanes(u));
+    };
+    const auto touches = [&](int64_t u) {
+      return tile_.extents[u].touches(from, from + keys.count);
+    };
+    for (int64_t u = pass; u < pass_end;) {
+      if (!touches(u)) {
+        ++u;
+        continue;
+      }
+      const KeyRange<Arch> range = range_of(u);
+      int64_t end = u + 1;
+      while (end < pass_end && tile_.lanes(end - 1) == tile_.panel && touches(end) &&
+             range_of(end) == range) {
+        ++end;
+      }
+      const int64_t rows = (end - 1 - u) * tile_.panel + tile_.lanes(end - 1);
+      const int64_t first = u * tile_.panel / kPair;
+      const int64_t at = range.begin * pass_units_ + pass_column(u);
+      multiply_into<Arch>(range.count(), v_width_, rows / kPair, {p_rows_ + at, pass_units_, 1},
+                          dout_rows_.from(first), dv_ + range.begin * v_width_, v_width_);
+      multiply_into<Arch>(range.count(), width_, rows / kPair, {ds_rows_ + at, pass_units_, 1},
+                          q_rows_.from(first), dk_ + range.begin * width_, width_,
+                          static_cast<State>(p_.scale));
+      u = end;
+    }
   }
 
   // ---- load and write
 
   void load() {
-    load_operand(p_.q, p_.q_stride, p_.head_dim, units_, width_, q_lanes_, q_rows_);
-    load_operand(p_.dout, p_.dout_stride, p_.v_head_dim, v_units_, v_width_, dout_lanes_,
-                 dout_rows_);
+    q_rows_ = load_operand(p_.q, p_.q_stride, p_.head_dim, units_, q_lanes_, q_copy_);
+    dout_rows_ =
+        load_operand(p_.dout, p_.dout_stride, p_.v_head_dim, v_units_, dout_lanes_, dout_copy_);
     std::memset(dq_, 0, tile_.rows * width_ * sizeof *dq_);
     for (int64_t i = 0; i < tile_.rows; ++i) {
       // A row without a key, and padding, must have P = 0: its lse reads as +inf.
@@ -247,23 +375,49 @@ class Backward {
     }
   }
 
-  void load_operand(const void* data, const Strides& stride, int64_t dim, int64_t units,
-                    int64_t width, Unit* lanes, Unit* rows) {
-    const int64_t panel = tile_.panel;
+  // X^T of every panel, and X: as it lies, or a copy.
+  Lanes<Unit> load_operand(const void* data, const Strides& stride, int64_t dim, int64_t units,
+                           Unit* lanes, Unit* copy) {
+    const int64_t panel = tile_.panel, width = round_up(dim, Arch::kWidthStep);
     const Elem* const* source = tile_.rows_of(data, stride);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
-      transpose_rows<Arch>(source + u * panel, panel, dim, units, lanes + u * panel * units);
+      transpose_rows<Arch>(source + u * panel, tile_.lanes(u), dim, units,
+                           lanes + u * panel * units, panel);
     }
-    interleave_rows<Arch>(source, tile_.rows, dim, width, rows);
+    if constexpr (kInPlace<Arch> && kPair == 1) {
+      const bool aligned = reinterpret_cast<uintptr_t>(source[0]) % sizeof(V) == 0;
+      const bool dense = stride.row == dim && dim <= kLaneBlock;
+      if (aligned && dense && width == dim && tile_.evenly_spaced()) return {source[0], dim};
+    }
+    return interleave_lanes<Arch>(source, tile_.rows, dim, copy);
+  }
+
+  // Where dK and dV of a key block are summed: in the tensors, or, where tiles are larger than what
+  // these have room for, in scratch.
+  void sum_keys_from(int64_t from, const KeyBlock<Arch>& keys) {
+    in_place_ = keys.count == keys.padded && width_ == p_.head_dim && v_width_ == p_.v_head_dim;
+    if (in_place_) {
+      dk_ = gradient_row(block_.dk, p_.head_dim, from);
+      dv_ = gradient_row(block_.dv, p_.v_head_dim, from);
+    } else {
+      dk_ = dk_scratch_;
+      dv_ = dv_scratch_;
+      std::memset(dk_, 0, keys.padded * width_ * sizeof *dk_);
+      std::memset(dv_, 0, keys.padded * v_width_ * sizeof *dv_);
+    }
+  }
+
+  State* gradient_row(void* gradient, int64_t dim, int64_t key) const {
+    const int64_t row = (tile_.batch * p_.kv_heads + kv_head_) * block_.k_len + key;
+    return static_cast<State*>(gradient) + row * dim;
   }
 
   void write_keys(int64_t from, int64_t count) {
-    const int64_t first = (tile_.batch * p_.kv_heads + kv_head_) * block_.k_len + from;
+    State* dk = gradient_row(block_.dk, p_.head_dim, from);
+    State* dv = gradient_row(block_.dv, p_.v_head_dim, from);
     for (int64_t j = 0; j < count; ++j) {
-      add_row<V>(dk_ + j * width_, p_.head_dim, static_cast<State>(p_.scale),
-                 static_cast<State*>(block_.dk) + (first + j) * p_.head_dim);
-      add_row<V>(dv_ + j * v_width_, p_.v_head_dim, State{1},
-                 static_cast<State*>(block_.dv) + (first + j) * p_.v_head_dim);
+      add_row<V>(dk_ + j * width_, p_.head_dim, State{1}, dk + j * p_.head_dim);
+      add_row<V>(dv_ + j * v_width_, p_.v_head_dim, State{1}, dv + j * p_.v_head_dim);
     }
   }
 
@@ -276,28 +430,34 @@ class Backward {
 
   const BackwardParams& p_;
   const KVBlock& block_;
+  const TileShape shape_;
   const int64_t kv_head_;
   const int64_t units_, v_units_;  // of q, k and of dout, v along their head dims, as depth
   const int64_t width_, v_width_;  // the head dims as lanes
+  const int64_t pass_units_;       // the rows of a pass
   QueryTile<Arch> tile_;
-  Unit* q_lanes_;     // Q^T [panels][units][panel]
-  Unit* dout_lanes_;  // dO^T [panels][v_units][panel]
-  Unit* q_rows_;      // Q [rows / pair][width]
-  Unit* dout_rows_;   // dO [rows / pair][v_width]
-  State* dq_;         // dQ^T [panels][width][panel]
-  State* lse_;        // [rows], log2 units
-  State* delta_;      // [rows]
-  State* scores_;     // S^T [stripe][panel]
-  State* dprobs_;     // dP^T [stripe][panel]
-  Unit* p_rows_;      // P^T [key block][panel / pair]: pairs of queries
-  Unit* ds_rows_;     // dS^T, the same
-  Unit* ds_lanes_;    // dS^T [key block / pair][panel]: pairs of keys
-  Unit* k_copy_;      // where K and V cannot be used as they lie
+  Unit* q_lanes_;          // Q^T [panels][units][panel]
+  Unit* dout_lanes_;       // dO^T [panels][v_units][panel]
+  Lanes<Unit> q_rows_;     // Q [rows / pair] of width lanes
+  Lanes<Unit> dout_rows_;  // dO [rows / pair] of v_width lanes
+  Unit* q_copy_;           // where these cannot be used as they lie
+  Unit* dout_copy_;
+  State* dq_;       // dQ^T [panels][width][panel]
+  State* lse_;      // [rows], log2 units
+  State* delta_;    // [rows]
+  State* weights_;  // [stripe][panel], see weights()
+  Unit* p_rows_;    // P^T [key block][pass / pair]: pairs of queries
+  Unit* ds_rows_;   // dS^T, the same
+  Unit* ds_lanes_;  // dS^T [key block / pair][panel]: pairs of keys
+  Unit* k_copy_;    // where K and V cannot be used as they lie
   Unit* k_columns_;
   Unit* k_transposed_;
   Unit* v_copy_;
-  State* dk_;        // [key block][width]
-  State* dv_;        // [key block][v_width]
+  State* dk_scratch_;  // [key block][width]
+  State* dv_scratch_;  // [key block][v_width]
+  State* dk_;          // of the key block in hand, see sum_keys_from()
+  State* dv_;
+  bool in_place_;
   State* row_;       // [lanes][width] rows being turned
   Scratch scratch_;  // owns all of these
 };

@@ -6,22 +6,27 @@
 //   for each K/V block, interval, key block that the tile sees:
 //     K as it is, V's columns
 //     for each panel of the tile that sees the key block:
-//       for each stripe of keys:  S^T = K Q^T;  mask;  P^T = exp2(S^T - m);  l += P^T
+//       for each register tile of S^T = K Q^T:  mask;  P^T = exp2(S^T - m);  l += P^T
 //       O^T += V^T P^T
 //   write the state, or out = O / l and lse
 //
 // Scores are transposed: keys are rows, queries are lanes, so that maximum, sum and rescaling are
-// per lane and nothing is ever reduced across lanes. A row's result depends on its own interval
-// only: key blocks lie on a fixed grid, and what a row does not see adds exact zeros.
+// per lane and nothing is ever reduced across lanes; exponentials are taken of sums that are still
+// in registers. A row's result depends on its own interval only: key blocks and tiles lie on a
+// fixed grid, and what a row does not see adds exact zeros.
 //
-// Note [lazy maximum]. P is computed with the reference the row already has. A block whose sum
-// exceeds 2^24 is folded again with its own maximum as the reference, for the rows concerned only;
-// the first reference is the maximum of the first stripe in which the row sees a key. Ordinary
-// data never folds twice, and max - 24 <= m <= max holds after each block.
+// Note [lazy maximum]. P is computed with the reference the row already has. The first reference
+// is the largest score of the first register tile in which the row sees a key. A key block whose
+// sum exceeds 2^24 is folded again with its own maximum as the reference, for the rows concerned
+// only. Ordinary data never folds twice, and max - 24 <= m <= max holds after each block.
+//
+// Note [split keys]. Few query rows (decoding) are few tasks. Then the keys are cut into parts, by
+// shape, each part is folded into a state of its own, and the states are combined in order.
 //
 // Memory: Q^T and O^T of a tile, V's columns and P of one key block; none grows with the sequence.
 #pragma once
 
+#include "key_parts.h"
 #include "tile.inl"
 
 namespace ring_attention::cpu {
@@ -35,41 +40,41 @@ class Forward {
   using V = typename Arch::V;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
-  static constexpr int64_t kStripe = Arch::kStripe;
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kMostSum = 0x1p24;
-  static constexpr State kLargest = std::numeric_limits<State>::max();
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
   static void run(const ForwardParams& p, const Parallel& parallel) {
-    const int64_t panel = Arch::panel_rows(std::max(p.head_dim, p.v_head_dim));
-    const int64_t rows = QueryRows(p, panel).count();
-    const int64_t problems = p.batch * p.kv_heads;
-    const int64_t tile_rows = panel * panels_per_tile(problems * divide_up(rows, panel));
+    const TileShape shape = Arch::forward_shape(std::max(p.head_dim, p.v_head_dim));
+    const int64_t rows = QueryRows(p, shape.panel).count(), problems = p.batch * p.kv_heads;
+    const int64_t panels = problems * divide_up(rows, shape.panel);
+    // As many panels as share the packing of a key block, but few enough for all threads to work.
+    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(panels / 32, 1, shape.panels);
     const int64_t tiles = divide_up(rows, tile_rows);
-    parallel(problems * tiles, [&](int64_t task) {
+    KeyParts parts(p, shape.key_block, problems * tiles);
+    parallel(problems * tiles * parts.count(), [&](int64_t task) {
+      const int64_t part = task % parts.count(), problem = task / parts.count() % problems;
       // Causal rows are the heavier the later they come: these first.
-      const int64_t tile = tiles - 1 - task / problems, problem = task % problems;
-      Forward kernel(p, panel, tile_rows, problem / p.kv_heads, problem % p.kv_heads);
-      kernel.fold(tile * tile_rows, std::min(tile_rows, rows - tile * tile_rows));
+      const int64_t tile = tiles - 1 - task / parts.count() / problems;
+      Forward kernel(parts.params(part), shape, tile_rows, problem / p.kv_heads,
+                     problem % p.kv_heads);
+      kernel.fold(tile * tile_rows, std::min(tile_rows, rows - tile * tile_rows), parts.begin(part),
+                  parts.end(part));
     });
+    parts.combine(parallel);
   }
 
  private:
-  // As many panels as share the packing of a key block, but few enough for all threads to work.
-  static int64_t panels_per_tile(int64_t panels) {
-    return std::clamp<int64_t>(panels / 32, 1, Arch::kTilePanels);
-  }
-
-  Forward(const ForwardParams& params, int64_t panel, int64_t tile_rows, int64_t b, int64_t kv_head)
+  Forward(const ForwardParams& params, const TileShape& shape, int64_t tile_rows, int64_t b,
+          int64_t kv_head)
       : p_(params),
+        key_block_(shape.key_block),
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         v_rows_(round_up(params.v_head_dim, Arch::kWidthStep)),
-        x_scale_(static_cast<State>(params.scale) * kLog2e),
-        tile_(params, panel, b, kv_head),
+        tile_(params, shape.panel, b, kv_head),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
 
   void take(Scratch& scratch, int64_t tile_rows) {
@@ -81,26 +86,30 @@ class Forward {
     scratch.array(m_, tile_rows);
     scratch.array(l_, tile_rows);
     scratch.array(block_l_, panel);
-    scratch.array(scores_, kStripe * panel);
-    scratch.array(p_units_, round_up(Arch::kKeyBlock, kPair) / kPair * panel);
-    scratch.array(k_copy_, Arch::kKeyBlock * width / kPair);
-    scratch.array(v_copy_, Arch::kKeyBlock * width / kPair);
-    scratch.array(v_transposed_, Arch::kTransposeColumns ? Arch::kKeyBlock * width / kPair : 0);
+    scratch.array(p_units_, key_block_ / kPair * panel);
+    scratch.array(k_copy_, key_block_ * width / kPair);
+    scratch.array(v_copy_, key_block_ * width / kPair);
+    scratch.array(v_transposed_, Arch::kTransposeColumns ? key_block_ * width / kPair : 0);
     scratch.array(row_, kLanes * v_rows_);
   }
 
-  void fold(int64_t first, int64_t count) {
+  // Folds the keys [keys_begin, keys_end), counted over all blocks, into a tile of rows.
+  void fold(int64_t first, int64_t count, int64_t keys_begin, int64_t keys_end) {
     [[maybe_unused]] const typename Arch::Session session;
     tile_.move_to(first, count);
     load();
+    int64_t offset = 0;
     for (int64_t i = 0; i < p_.num_blocks; ++i) {
-      for (int64_t n = 0; n < p_.blocks[i].intervals; ++n) {
-        tile_.see(p_.blocks[i], n);
-        for (int64_t from = tile_.extent.begin / Arch::kKeyBlock * Arch::kKeyBlock;
-             from < tile_.extent.end; from += Arch::kKeyBlock) {
-          fold_keys(p_.blocks[i], from);
+      const KVBlock& block = p_.blocks[i];
+      for (int64_t n = 0; n < block.intervals; ++n) {
+        tile_.see(block, n);
+        const int64_t begin = std::max(tile_.extent.begin, keys_begin - offset);
+        const int64_t end = std::min(tile_.extent.end, keys_end - offset);
+        for (int64_t from = begin / key_block_ * key_block_; from < end; from += key_block_) {
+          fold_keys(block, from);
         }
       }
+      offset += round_up(block.k_len, key_block_);
     }
     if (p_.last) {
       write_output();
@@ -111,9 +120,9 @@ class Forward {
 
   // One key block into every panel that sees it.
   void fold_keys(const KVBlock& block, int64_t from) {
-    const int64_t count = std::min<int64_t>(Arch::kKeyBlock, block.k_len - from);
+    const int64_t count = std::min(key_block_, block.k_len - from);
     if (!tile_.touches(from, count)) return;
-    bool marks[Arch::kKeyBlock];
+    bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
     KeyBlock<Arch> keys;
     keys.set(first_row(block.k, block.k_stride, from), block.k_stride.row, count, unseen);
@@ -122,10 +131,12 @@ class Forward {
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
-      const bool masked = !tile_.extents[u].covers(from, from + keys.padded);
-      if (masked) tile_.bound(u, from, count);
-      const StripeRange range = stripes_of(tile_.extents[u], from, keys.padded, kStripe);
-      softmax(u, k, range, masked);
+      const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
+      if (!tile_.extents[u].covers(from, from + keys.padded) ||
+          !panel_of(u, from, range).has_reference(0, tile_.lanes(u))) {
+        tile_.bound(u, from, count);
+      }
+      softmax(u, k, from, range);
       accumulate(u, v, range);
     }
   }
@@ -138,92 +149,151 @@ class Forward {
   // ---- one panel, one key block
 
   // P^T of the panel, and l += its sums, see Note [lazy maximum].
-  void softmax(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
-    first_reference(u, k, range, masked);
+  void softmax(int64_t u, Operand<Unit> k, int64_t from, KeyRange<Arch> range) {
     do {
       std::memset(block_l_, 0, tile_.panel * sizeof *block_l_);
-      for (int64_t j = range.begin; j < range.end; j += kStripe) {
-        const int64_t keys = std::min(kStripe, range.end - j);
-        scores(u, k, j, keys);
-        softmax_update(u, j, keys, masked);
+      if (p_.softcap != 0.0) {
+        probabilities<true>(u, k, from, range);
+      } else {
+        probabilities<false>(u, k, from, range);
       }
-    } while (raise_reference(u, k, range, masked));
+    } while (raise_reference(u, k, from, range));
     State* l = l_ + u * tile_.panel;
-    for (int64_t i = 0; i < tile_.panel; i += kLanes) {
+    for (int64_t i = 0; i < tile_.lanes(u); i += kLanes) {
       (V::load(l + i) + V::load(block_l_ + i)).store(l + i);
     }
   }
 
-  // S^T = K Q^T for one stripe, unscaled; with a softcap c, c tanh(S / c) in log2 units.
-  void scores(int64_t u, Operand<Unit> k, int64_t j, int64_t keys) {
-    const int64_t panel = tile_.panel;
-    multiply<Arch>(keys, panel, units_, k.at(j, 0), q_ + u * panel * units_, panel, scores_, panel,
-                   false);
-    if (p_.softcap != 0.0) cap_scores(keys * panel);
-  }
+  // What a tile of scores is met with. Kept by value in the loops over tiles: members would be
+  // read again after every store of a vector.
+  struct Panel {
+    State* m;
+    State* sums;  // block_l_
+    const State* low;
+    const State* high;
+    Unit* probs;  // of the first key of the range
+    int64_t row;  // of probs
+    int64_t first_key, full_begin, full_end;
+    State scale, slope, height;
 
-  void cap_scores(int64_t count) {
-    const V slope = V::set(static_cast<State>(p_.scale / p_.softcap));
-    const V height = V::set(static_cast<State>(p_.softcap) * kLog2e);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      (height * tanh(V::load(scores_ + i) * slope)).store(scores_ + i);
+    // Whether every lane sees all of the keys [i, i + count) of the range.
+    bool covers(int64_t i, int64_t count) const { return full_begin <= i && i + count <= full_end; }
+    bool has_reference(int64_t lane, int64_t count) const {
+      bool found = true;
+      for (int64_t i = lane; i < lane + count; i += kLanes) {
+        found &= !V::any(less(V::load(m + i), V::set(-std::numeric_limits<State>::max())));
+      }
+      return found;
     }
+  };
+
+  Panel panel_of(int64_t u, int64_t from, KeyRange<Arch> range) const {
+    const int64_t panel = tile_.panel, first = from + range.begin;
+    const State cap = static_cast<State>(p_.softcap);
+    return {.m = m_ + u * panel,
+            .sums = block_l_,
+            .low = tile_.low,
+            .high = tile_.high,
+            .probs = p_units_ + range.begin / kPair * panel,
+            .row = panel,
+            .first_key = range.begin,
+            .full_begin = tile_.extents[u].full_begin - first,
+            .full_end = tile_.extents[u].full_end - first,
+            .scale = cap != 0 ? State{1} : static_cast<State>(p_.scale) * kLog2e,
+            .slope = cap != 0 ? static_cast<State>(p_.scale) / cap : State{0},
+            .height = cap * kLog2e};
   }
 
-  V x_scale() const { return V::set(p_.softcap != 0.0 ? State{1} : x_scale_); }
+  template <bool kCapped>
+  __attribute__((noinline)) void probabilities(int64_t u, Operand<Unit> k, int64_t from,
+                                               KeyRange<Arch> range) {
+    const Panel panel = panel_of(u, from, range);
+    const int64_t width = tile_.lanes(u);
+    const bool referenced = panel.has_reference(0, width);
+    for_tiles<Arch, 2>(range.count(), width, units_, k.at(range.begin, 0),
+                       {q_ + u * tile_.panel * units_, tile_.panel},
+                       [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
+                           __attribute__((always_inline)) {
+                             if constexpr (kCapped) cap_scores(scores, panel);
+                             if (panel.covers(i, kRows) &&
+                                 (referenced || panel.has_reference(lane, kVecs * kLanes))) {
+                               softmax_tile<false>(scores, panel, i, lane);
+                             } else {
+                               softmax_tile<true>(scores, panel, i, lane);
+                             }
+                           });
+  }
 
-  void softmax_update(int64_t u, int64_t j, int64_t keys, bool masked) {
-    if (masked) {
-      softmax_lanes<true>(u, j, keys);
-    } else {
-      softmax_lanes<false>(u, j, keys);
+  // P and its sums from one tile of unscaled scores. With kCareful some lane may not see some key,
+  // or have no reference yet.
+  template <bool kCareful, int kRows, int kVecs>
+  static RA_INLINE void softmax_tile(const V (&scores)[kRows][kVecs], const Panel& panel, int64_t i,
+                                     int64_t lane) {
+    const V scale = V::set(panel.scale);
+    const int64_t key = panel.first_key + i;
+    Unit* probs[kRows / kPair];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; r += kPair) {
+      probs[r / kPair] = panel.probs + (i + r) / kPair * panel.row + lane;
     }
-  }
-
-  template <bool kMasked>
-  void softmax_lanes(int64_t u, int64_t j, int64_t keys) {
-    const int64_t panel = tile_.panel;
-    const V scale = x_scale();
-    for (int64_t i = 0; i < panel; i += kLanes) {
-      const V minus_m = V::zero() - V::load(m_ + u * panel + i);
-      const V low = V::load(tile_.low + i), high = V::load(tile_.high + i);
-      V sum = V::load(block_l_ + i);
-      for (int64_t r = 0; r < keys; r += kPair) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = lane + v * kLanes;
+      V low = V::zero(), high = V::zero(), m = V::load(panel.m + at);
+      if constexpr (kCareful) {
+        low = V::load(panel.low + at), high = V::load(panel.high + at);
+        V most = V::set(-kInfinity);
+#pragma GCC unroll 32
+        for (int r = 0; r < kRows; ++r) {
+          most = max(keep_visible(key + r, low, high, scores[r][v] * scale, most), most);
+        }
+        m = select(less(V::set(-kInfinity), m), m, most);
+        m.store(panel.m + at);
+        // Not yet: -inf - -inf would be NaN for a row that sees nothing, or only -inf.
+        m = select(less(V::set(-kInfinity), m), m, V::zero());
+      }
+      V sum = V::load(panel.sums + at);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; r += kPair) {
         V prob[kPair];
 #pragma GCC unroll 2
         for (int s = 0; s < kPair; ++s) {
-          const V x = fma(V::load(scores_ + (r + s) * panel + i), scale, minus_m);
-          prob[s] = exp2<Arch::kExpTerms>(x);
-          if constexpr (kMasked) prob[s] = keep_visible(j + r + s, low, high, prob[s], V::zero());
+          prob[s] = exp2<Arch::kExpTerms>(fms(scores[r + s][v], scale, m));
+          if constexpr (kCareful) {
+            prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
+          }
           sum = sum + prob[s];
         }
-        Arch::store_lanes(prob, p_units_ + (j + r) / kPair * panel + i);
+        Arch::store_lanes(prob, probs[r / kPair] + v * kLanes);
       }
-      sum.store(block_l_ + i);
+      sum.store(panel.sums + at);
     }
   }
 
-  // Rows without a reference take the maximum of the first stripe in which they see a key.
-  void first_reference(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
-    State* m = m_ + u * tile_.panel;
-    for (int64_t j = range.begin; j < range.end; j += kStripe) {
-      if (!any_below(m, -kLargest)) return;
-      maximum(u, k, {j, std::min(j + kStripe, range.end)}, masked);
-      for (int64_t i = 0; i < tile_.panel; ++i) {
-        if (m[i] == -kInfinity) m[i] = block_l_[i];
-      }
+  // c tanh(S / c), in log2 units.
+  template <int kRows, int kVecs>
+  static RA_INLINE void cap_scores(V (&scores)[kRows][kVecs], const Panel& panel) {
+    const V slope = V::set(panel.slope), height = V::set(panel.height);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) scores[r][v] = height * tanh(scores[r][v] * slope);
     }
   }
 
   // Rows whose sum is too large for their reference move it to the maximum of the block and shrink
   // what they had. True if there were any: the block is to be folded again.
-  bool raise_reference(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
-    const int64_t panel = tile_.panel;
-    if (!any_above(block_l_, kMostSum)) return false;
+  bool raise_reference(int64_t u, Operand<Unit> k, int64_t from, KeyRange<Arch> range) {
+    const int64_t panel = tile_.panel, width = tile_.lanes(u);
+    bool any = false;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      any |= V::any(less(V::set(kMostSum), V::load(block_l_ + i)));
+    }
+    if (!any) return false;
     bool exceeded[Arch::kMaxPanel];
-    for (int64_t i = 0; i < panel; ++i) exceeded[i] = block_l_[i] > kMostSum;
-    maximum(u, k, range, masked);
-    for (int64_t i = 0; i < panel; ++i) {
+    for (int64_t i = 0; i < width; ++i) exceeded[i] = block_l_[i] > kMostSum;
+    maximum(u, k, from, range);
+    for (int64_t i = 0; i < width; ++i) {
       State& m = m_[u * panel + i];
       const State raised = exceeded[i] ? std::max(m, block_l_[i]) : m;
       block_l_[i] = raised == m ? State{1} : std::exp2(m - raised);
@@ -232,55 +302,53 @@ class Forward {
     }
     for (int64_t d = 0; d < v_rows_; ++d) {
       State* acc = acc_ + (u * v_rows_ + d) * panel;
-      for (int64_t i = 0; i < panel; i += kLanes) {
+      for (int64_t i = 0; i < width; i += kLanes) {
         (V::load(acc + i) * V::load(block_l_ + i)).store(acc + i);
       }
     }
     return true;
   }
 
-  bool any_below(const State* x, State bound) const {
-    bool found = false;
-    for (int64_t i = 0; i < tile_.panel; i += kLanes) {
-      found |= V::any(less(V::load(x + i), V::set(bound)));
-    }
-    return found;
-  }
-  bool any_above(const State* x, State bound) const {
-    bool found = false;
-    for (int64_t i = 0; i < tile_.panel; i += kLanes) {
-      found |= V::any(less(V::set(bound), V::load(x + i)));
-    }
-    return found;
-  }
-
   // Leaves in block_l_ each row's largest score, in log2 units, among the keys it sees.
-  void maximum(int64_t u, Operand<Unit> k, StripeRange range, bool masked) {
-    const int64_t panel = tile_.panel;
-    std::fill_n(block_l_, panel, -kInfinity);
-    for (int64_t j = range.begin; j < range.end; j += kStripe) {
-      const int64_t keys = std::min(kStripe, range.end - j);
-      scores(u, k, j, keys);
-      for (int64_t i = 0; i < panel; i += kLanes) {
-        V most = V::load(block_l_ + i);
-        const V low = V::load(tile_.low + i), high = V::load(tile_.high + i);
-        for (int64_t r = 0; r < keys; ++r) {
-          V x = V::load(scores_ + r * panel + i) * x_scale();
-          if (masked) x = keep_visible(j + r, low, high, x, V::set(-kInfinity));
-          most = max(most, x);
-        }
-        most.store(block_l_ + i);
+  __attribute__((noinline)) void maximum(int64_t u, Operand<Unit> k, int64_t from,
+                                         KeyRange<Arch> range) {
+    const Panel panel = panel_of(u, from, range);
+    const int64_t width = tile_.lanes(u);
+    const bool capped = p_.softcap != 0.0;
+    std::fill_n(block_l_, width, -kInfinity);
+    tile_.bound(u, from, key_block_);
+    for_tiles<Arch, 2>(range.count(), width, units_, k.at(range.begin, 0),
+                       {q_ + u * tile_.panel * units_, tile_.panel},
+                       [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
+                           __attribute__((always_inline)) {
+                             if (capped) cap_scores(scores, panel);
+                             maximum_tile(scores, panel, i, lane);
+                           });
+  }
+
+  template <int kRows, int kVecs>
+  static RA_INLINE void maximum_tile(const V (&scores)[kRows][kVecs], const Panel& panel, int64_t i,
+                                     int64_t lane) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = lane + v * kLanes;
+      const V low = V::load(panel.low + at), high = V::load(panel.high + at);
+      V most = V::load(panel.sums + at);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const V x = scores[r][v] * V::set(panel.scale);
+        most = max(keep_visible(panel.first_key + i + r, low, high, x, most), most);
       }
+      most.store(panel.sums + at);
     }
   }
 
-  // O^T += V^T P^T. The product is summed from zero and then added: with two levels of sums the
-  // error stays flat in the number of keys.
-  void accumulate(int64_t u, Operand<Unit> v, StripeRange range) {
+  // O^T += V^T P^T.
+  void accumulate(int64_t u, Operand<Unit> v, KeyRange<Arch> range) {
     const int64_t panel = tile_.panel, key = range.begin / kPair;
-    multiply<Arch>(round_up(p_.v_head_dim, Arch::kDepthStep), panel,
-                   (range.end - range.begin) / kPair, v.at(0, key), p_units_ + key * panel, panel,
-                   acc_ + u * v_rows_ * panel, panel, true);
+    multiply_into<Arch>(round_up(p_.v_head_dim, Arch::kDepthStep), tile_.lanes(u),
+                        range.count() / kPair, v.at(0, key), {p_units_ + key * panel, panel},
+                        acc_ + u * v_rows_ * panel, panel);
   }
 
   // ---- state and output
@@ -289,7 +357,8 @@ class Forward {
     const int64_t panel = tile_.panel;
     const Elem* const* q = tile_.rows_of(p_.q, p_.q_stride);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
-      transpose_rows<Arch>(q + u * panel, panel, p_.head_dim, units_, q_ + u * panel * units_);
+      transpose_rows<Arch>(q + u * panel, tile_.lanes(u), p_.head_dim, units_,
+                           q_ + u * panel * units_, panel);
     }
     std::memset(acc_, 0, tile_.rows * v_rows_ * sizeof *acc_);
     for (int64_t i = 0; i < tile_.rows; ++i) {
@@ -317,6 +386,7 @@ class Forward {
     const int64_t panel = tile_.panel;
     const State* from = static_cast<const State*>(p_.acc);
     for (int64_t i = 0; i < tile_.rows; i += kLanes) {
+      if (!tile_.real(i)) continue;
       std::memset(row_, 0, kLanes * v_rows_ * sizeof *row_);
       for (int64_t r = 0; r < kLanes; ++r) {
         if (!tile_.real(i + r)) continue;
@@ -352,17 +422,16 @@ class Forward {
   }
 
   const ForwardParams& p_;
+  const int64_t key_block_;
   const int64_t kv_head_;
   const int64_t units_;   // of q and k along head_dim
   const int64_t v_rows_;  // of O^T
-  const State x_scale_;   // scores to log2 units
   QueryTile<Arch> tile_;
   Unit* q_;         // Q^T [panels][units][panel]
   State* acc_;      // O^T [panels][v_rows][panel]
   State* m_;        // [rows]
   State* l_;        // [rows]
   State* block_l_;  // [panel] sums of the key block in hand
-  State* scores_;   // S^T [stripe][panel]
   Unit* p_units_;   // P^T [key block / pair][panel]
   Unit* k_copy_;    // where K and V cannot be used as they lie
   Unit* v_copy_;

@@ -14,6 +14,8 @@
 #include <chrono>
 
 #include "elements.h"
+#include "key_parts.h"
+#include "pair_schedule.h"
 #include "problem.h"
 
 #pragma GCC push_options
@@ -47,26 +49,22 @@ struct TileSession {
 struct AmxArch : BFloat16Pairs {
   static constexpr int kKeyStep = 32, kDepthStep = 32, kWidthStep = 32;
   static constexpr bool kTransposeColumns = true, kOwnProduct = true;
-  static constexpr int64_t kStripe = 32, kKeyBlock = 128, kTilePanels = 4, kMaxPanel = 128;
-  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 128 ? 128 : 64; }
+  static constexpr int kMaxVecs = 2;
+  static constexpr int tile_rows(int) { return 32; }
+  static constexpr int64_t kMaxKeyBlock = 256, kMaxPanel = 128;
+  static constexpr TileShape forward_shape(int64_t dim) {
+    return {.panel = dim <= 128 ? 128 : 64, .key_block = 128, .panels = 4};
+  }
+  static constexpr TileShape backward_shape(int64_t dim) {
+    if (dim <= 128) return {.panel = 128, .key_block = 128, .panels = 4, .pass = 1, .stripe = 32};
+    return {.panel = 64, .key_block = 128, .panels = 4, .pass = 2, .stripe = 32};
+  }
   using Session = TileSession;
 
-  // C[32][32] (+)= A[32][units] B[units][32], four tiles in flight.
-  static RA_INLINE void product_tile(int64_t units, Operand<Unit> a, const Unit* b, int64_t b_row,
-                                     float* c, int64_t c_row, bool accumulate) {
-    const int64_t a_bytes = a.row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
-    float* c_low = c + 16 * c_row;
-    if (accumulate) {
-      _tile_loadd(0, c, c_bytes);
-      _tile_loadd(1, c + 16, c_bytes);
-      _tile_loadd(2, c_low, c_bytes);
-      _tile_loadd(3, c_low + 16, c_bytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+  // The tile registers += A[32][units] B[units][32], four tiles in flight.
+  static RA_INLINE void multiply_tiles(int64_t units, Operand<Unit> a, const Unit* b,
+                                       int64_t b_row) {
+    const int64_t a_bytes = a.row * 4, b_bytes = b_row * 4;
     const Unit* a_low = a.data + 16 * a.row;
     for (int64_t k = 0; k < units; k += 16) {
       _tile_loadd(4, a.data + k, a_bytes);
@@ -78,24 +76,48 @@ struct AmxArch : BFloat16Pairs {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    _tile_stored(2, c_low, c_bytes);
-    _tile_stored(3, c_low + 16, c_bytes);
+  }
+  static RA_INLINE void store_tiles(float* c, int64_t c_row) {
+    float* c_low = c + 16 * c_row;
+    _tile_stored(0, c, c_row * 4);
+    _tile_stored(1, c + 16, c_row * 4);
+    _tile_stored(2, c_low, c_row * 4);
+    _tile_stored(3, c_low + 16, c_row * 4);
   }
 
-  // All extents are multiples of 32 elements: scratch is padded, and so are key blocks.
-  static void product(int64_t rows, int64_t width, int64_t units, Operand<Unit> a, const Unit* b,
-                      int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-    // The intrinsics do not tell the compiler that they read memory.
+  // Products and visits are interleaved: while the tile unit forms the next 32 x 32 sums, the
+  // vector units work on these. All extents are multiples of 32 elements: scratch is padded, and
+  // so are key blocks. The intrinsics do not tell the compiler that they touch memory: barriers do.
+  template <typename Visit>
+  static RA_INLINE void own_tiles(int64_t rows, int64_t width, int64_t units, Operand<Unit> a,
+                                  Lanes<Unit> b, const Visit& visit) {
+    alignas(64) float sums[2][32 * 32];
+    const int64_t columns = width / 32, tiles = divide_up(rows, 32) * columns;
     asm volatile("" ::: "memory");
-    for (int64_t i = 0; i < rows; i += 32) {
-      for (int64_t j = 0; j < width; j += 32) {
-        product_tile(units, a.at(i, 0), b + j, b_row, c + i * c_row + j, c_row, accumulate);
+    for (int64_t t = 0; t <= tiles; ++t) {
+      if (t < tiles) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        multiply_tiles(units, a.at(t / columns * 32, 0), b.at(t % columns * 32), b.row);
+        store_tiles(sums[t % 2], 32);
+        asm volatile("" ::: "memory");
+      }
+      if (t == 0) continue;
+      const int64_t i = (t - 1) / columns * 32, j = (t - 1) % columns * 32;
+      for (int64_t r = 0; r < 32; r += kVisitRows) {
+        V sum[kVisitRows][2];
+#pragma GCC unroll 16
+        for (int s = 0; s < kVisitRows; ++s) {
+          sum[s][0] = V::load(sums[(t - 1) % 2] + (r + s) * 32);
+          sum[s][1] = V::load(sums[(t - 1) % 2] + (r + s) * 32 + 16);
+        }
+        visit(sum, i + r, j);
       }
     }
-    asm volatile("" ::: "memory");
   }
+  static constexpr int kVisitRows = 8;
 };
 
 __attribute__((noinline)) void tile_loop(int steps) {
@@ -128,7 +150,7 @@ double peak_flops(DType dtype, double seconds) {
   _tile_zero(5);
   _tile_zero(6);
   _tile_zero(7);
-  constexpr int kSteps = 5000;
+  constexpr int kSteps = 40000;
   return best_rate(2.0 * 16 * 16 * 32 * 4 * kSteps, seconds, [] { tile_loop(kSteps); });
 }
 

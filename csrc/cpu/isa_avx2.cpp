@@ -10,6 +10,8 @@
 #include <chrono>
 
 #include "elements.h"
+#include "key_parts.h"
+#include "pair_schedule.h"
 #include "problem.h"
 
 #pragma GCC push_options
@@ -24,14 +26,14 @@ namespace {
 
 template <typename Elem>
 struct Avx2Arch : MultiplyAdd<Elem, Vec256> {
-  static constexpr int64_t kStripe = 24, kKeyBlock = 96, kTilePanels = 16, kMaxPanel = 16;
-  static constexpr int64_t panel_rows(int64_t) { return 16; }
-
-  // rows x vectors, of 16 registers.
-  template <typename Column>
-  static void with_register_tiles(const Column& column) {
-    column.template operator()<6, 2>();
-    column.template operator()<8, 1>();
+  static constexpr int kMaxVecs = 2;
+  static constexpr int tile_rows(int vecs) { return vecs == 2 ? 6 : 8; }
+  static constexpr int64_t kMaxKeyBlock = 96, kMaxPanel = 16;
+  static constexpr TileShape forward_shape(int64_t) {
+    return {.panel = 16, .key_block = 96, .panels = 16};
+  }
+  static constexpr TileShape backward_shape(int64_t) {
+    return {.panel = 16, .key_block = 96, .panels = 16, .pass = 8, .stripe = 96};
   }
 };
 

@@ -10,6 +10,8 @@
 #include <chrono>
 
 #include "elements.h"
+#include "key_parts.h"
+#include "pair_schedule.h"
 #include "problem.h"
 
 #pragma GCC push_options
@@ -26,17 +28,16 @@ namespace {
 
 template <typename Elem>
 struct Avx512Arch : MultiplyAdd<Elem, Vec512> {
-  static constexpr int64_t kStripe = 24, kKeyBlock = 192, kTilePanels = 4, kMaxPanel = 64;
-  // Q^T of a panel takes no more than two thirds of the L1 cache.
-  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 128 ? 64 : 32; }
-
-  // rows x vectors, of 32 registers.
-  template <typename Column>
-  static void with_register_tiles(const Column& column) {
-    column.template operator()<6, 4>();
-    column.template operator()<8, 3>();
-    column.template operator()<8, 2>();
-    column.template operator()<8, 1>();
+  static constexpr int kMaxVecs = 4;
+  static constexpr int tile_rows(int vecs) { return vecs == 1 ? 8 : 6; }
+  static constexpr int64_t kMaxKeyBlock = 192, kMaxPanel = 64;
+  static constexpr TileShape forward_shape(int64_t dim) {
+    if (dim <= 128) return {.panel = 64, .key_block = 96, .panels = 4};
+    return {.panel = 32, .key_block = 96, .panels = 4};
+  }
+  static constexpr TileShape backward_shape(int64_t dim) {
+    if (dim <= 128) return {.panel = 64, .key_block = 96, .panels = 4, .pass = 2, .stripe = 24};
+    return {.panel = 32, .key_block = 96, .panels = 8, .pass = 2, .stripe = 24};
   }
 };
 

@@ -10,6 +10,8 @@
 #include <chrono>
 
 #include "elements.h"
+#include "key_parts.h"
+#include "pair_schedule.h"
 #include "problem.h"
 
 #pragma GCC push_options
@@ -27,8 +29,15 @@ namespace {
 struct Bf16DotArch : BFloat16Pairs {
   static constexpr int kKeyStep = 2, kDepthStep = 2, kWidthStep = 16;
   static constexpr bool kTransposeColumns = false, kOwnProduct = false;
-  static constexpr int64_t kStripe = 24, kKeyBlock = 192, kTilePanels = 4, kMaxPanel = 64;
-  static constexpr int64_t panel_rows(int64_t dim) { return dim <= 192 ? 64 : 48; }
+  static constexpr int kMaxVecs = 4;
+  static constexpr int tile_rows(int vecs) { return vecs == 1 ? 8 : 6; }
+  static constexpr int64_t kMaxKeyBlock = 192, kMaxPanel = 64;
+  static constexpr TileShape forward_shape(int64_t) {
+    return {.panel = 64, .key_block = 192, .panels = 4};
+  }
+  static constexpr TileShape backward_shape(int64_t) {
+    return {.panel = 64, .key_block = 96, .panels = 4, .pass = 2, .stripe = 24};
+  }
   struct Session {};
 
   static RA_INLINE V load_lanes(const Unit* from) {
@@ -43,15 +52,6 @@ struct Bf16DotArch : BFloat16Pairs {
   }
   static RA_INLINE V multiply_add(V a, V b, V c) {
     return {_mm512_dpbf16_ps(c.raw, (__m512bh)a.raw, (__m512bh)b.raw)};
-  }
-
-  // rows x vectors, of 32 registers.
-  template <typename Column>
-  static void with_register_tiles(const Column& column) {
-    column.template operator()<6, 4>();
-    column.template operator()<8, 3>();
-    column.template operator()<8, 2>();
-    column.template operator()<8, 1>();
   }
 };
 

@@ -13,13 +13,14 @@ namespace {
 
 template <typename Elem>
 struct ScalarArch : MultiplyAdd<Elem, Vec<StateOf<Elem>>> {
-  static constexpr int64_t kStripe = 16, kKeyBlock = 64, kTilePanels = 8, kMaxPanel = 16;
-  static constexpr int64_t panel_rows(int64_t) { return 16; }
-
-  template <typename Column>
-  static void with_register_tiles(const Column& column) {
-    column.template operator()<4, 2>();
-    column.template operator()<4, 1>();
+  static constexpr int kMaxVecs = 2;
+  static constexpr int tile_rows(int) { return 4; }
+  static constexpr int64_t kMaxKeyBlock = 64, kMaxPanel = 16;
+  static constexpr TileShape forward_shape(int64_t) {
+    return {.panel = 16, .key_block = 64, .panels = 8};
+  }
+  static constexpr TileShape backward_shape(int64_t) {
+    return {.panel = 16, .key_block = 64, .panels = 8, .pass = 4, .stripe = 64};
   }
 };
 

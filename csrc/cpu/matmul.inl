@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The one matrix product of the kernels, C (+)= A B, held in registers:
+// The one matrix product of the kernels, A B, held in registers:
 //   for each tile of rows x lanes:  for k:  load the lanes of B, broadcast each row of A, multiply
-// A is read by broadcasts, so it needs no packing and may be strided either way; B's and C's lanes
-// are contiguous. Operands are in units: what one broadcast takes, an element or (for dot product
-// instructions) a pair of 16-bit elements that are neighbours in k.
+// A is read by broadcasts, so it needs no packing and may be strided either way; B's lanes are
+// contiguous. Operands are in units: what one broadcast takes, an element or (for dot product
+// instructions) a pair of 16-bit elements that are neighbours in k. What becomes of a finished
+// tile is the caller's: a visitor gets its sums while they are still in registers.
 #pragma once
 
 #include "elements.h"
@@ -16,10 +17,12 @@ namespace {
 // Note [Arch]. What the algorithms know of an ISA and element type:
 //   Elem, State (what is summed), Unit, kPair (elements per unit), V
 //   kKeyStep, kDepthStep, kWidthStep   multiples that products want of keys, depth and lanes
-//   kStripe, kKeyBlock, kTilePanels, panel_rows(head_dim), with_register_tiles   tile shapes
+//   kMaxVecs, tile_rows(vecs)          register tiles: rows x vectors of lanes
+//   forward_shape(dim), backward_shape(dim), kMaxKeyBlock, kMaxPanel   see TileShape
 //   kExpTerms, kTransposeColumns, Session (held while a task runs)
 //   load_lanes, broadcast, multiply_add   the three steps of a product
 //   transpose, interleave, store_lanes, store_rows   operands, and results as operands
+//   kOwnProduct: with it, own_tiles instead of the register tiles
 // This is the part that all fused multiply-add rows share: units are widened elements.
 template <typename Element, typename Vector>
 struct MultiplyAdd {
@@ -27,7 +30,7 @@ struct MultiplyAdd {
   using State = StateOf<Elem>;
   using Unit = State;
   using V = Vector;
-  static constexpr int kPair = 1, kKeyStep = 1, kDepthStep = 1, kWidthStep = V::kLanes;
+  static constexpr int kPair = 1, kKeyStep = 2, kDepthStep = 1, kWidthStep = V::kLanes;
   static constexpr int kExpTerms = sizeof(Elem) == 2 ? 4 : 6;
   static constexpr bool kTransposeColumns = false, kOwnProduct = false;
   struct Session {};
@@ -44,10 +47,7 @@ struct MultiplyAdd {
     transpose_block(from, from_row, to, to_row, V{});
   }
   static RA_INLINE void store_lanes(const V (&x)[1], Unit* to) { x[0].store(to); }
-  static RA_INLINE void store_rows(const V (&x)[1], Unit* to, int64_t key, int64_t lane,
-                                   int64_t panel) {
-    x[0].store(to + key * panel + lane);
-  }
+  static RA_INLINE void store_rows(const V (&x)[1], Unit* to, int64_t) { x[0].store(to); }
 };
 
 // A: element (i, k) at data[i * row + k * unit].
@@ -59,14 +59,25 @@ struct Operand {
   Operand at(int64_t i, int64_t k) const { return {data + i * row + k * unit, row, unit}; }
 };
 
-// C[kRows][kVecs * kLanes]; the tile's shape is all that is a type here.
+// B: lane j of row k at data[j / kLaneBlock * block + k * row + j % kLaneBlock]. In blocks, rows of
+// one register tile are neighbours: rows a power of two apart would share few cache sets.
+constexpr int64_t kLaneBlock = 64;
+
+template <typename Unit>
+struct Lanes {
+  const Unit* data;
+  int64_t row, block = kLaneBlock;
+
+  const Unit* at(int64_t j) const { return data + j / kLaneBlock * block + j % kLaneBlock; }
+  Lanes from(int64_t k) const { return {data + k * row, row, block}; }
+};
+
+// One register tile: sum[kRows][kVecs * kLanes] = A B.
 template <typename Arch, int kRows, int kVecs>
 RA_INLINE void multiply_tile(int64_t units, Operand<typename Arch::Unit> a,
-                             const typename Arch::Unit* b, int64_t b_row, typename Arch::State* c,
-                             int64_t c_row, bool accumulate) {
+                             const typename Arch::Unit* b, int64_t b_row,
+                             typename Arch::V (&sum)[kRows][kVecs]) {
   using V = typename Arch::V;
-  constexpr int kLanes = V::kLanes;
-  V sum[kRows][kVecs];
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
@@ -77,7 +88,7 @@ RA_INLINE void multiply_tile(int64_t units, Operand<typename Arch::Unit> a,
   for (int64_t k = 0; k < units; ++k) {
     V lanes[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) lanes[v] = Arch::load_lanes(b + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) lanes[v] = Arch::load_lanes(b + v * V::kLanes);
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
       const V row = Arch::broadcast(left + i * a.row);
@@ -87,57 +98,77 @@ RA_INLINE void multiply_tile(int64_t units, Operand<typename Arch::Unit> a,
     left += a.unit;
     b += b_row;
   }
-#pragma GCC unroll 32
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      typename Arch::State* to = c + i * c_row + v * kLanes;
-      (accumulate ? sum[i][v] + V::load(to) : sum[i][v]).store(to);
-    }
-  }
 }
 
-// One column of tiles, kVecs vectors wide: as many rows at a time as fit, then the rest.
-template <typename Arch, int kRows, int kVecs>
-RA_INLINE void multiply_column(int64_t rows, int64_t units, Operand<typename Arch::Unit> a,
-                               const typename Arch::Unit* b, int64_t b_row, typename Arch::State* c,
-                               int64_t c_row, bool accumulate) {
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    multiply_tile<Arch, kRows, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row,
-                                      accumulate);
-  }
-  if constexpr (kRows > 4) {
-    for (; i + 4 <= rows; i += 4) {
-      multiply_tile<Arch, 4, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
-    }
-  }
-  for (; i + 2 <= rows; i += 2) {
-    multiply_tile<Arch, 2, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
-  }
-  if (i < rows) {
-    multiply_tile<Arch, 1, kVecs>(units, a.at(i, 0), b, b_row, c + i * c_row, c_row, accumulate);
-  }
-}
+struct PrepareNothing {
+  template <int kRows, int kVecs>
+  RA_INLINE void operator()(int64_t, int64_t) const {}
+};
 
-// C[rows][width] (+)= A[rows][units] B[units][width]; width is a multiple of kLanes.
-template <typename Arch>
-__attribute__((noinline)) void multiply(int64_t rows, int64_t width, int64_t units,
-                                        Operand<typename Arch::Unit> a,
-                                        const typename Arch::Unit* b, int64_t b_row,
-                                        typename Arch::State* c, int64_t c_row, bool accumulate) {
+// Calls visit(sum, i, j) for every tile of A[rows][units] B[units][width], with sum[kRows][kVecs]
+// the tile whose first row and lane are i and j: full tiles first, then rows by kTails at a time.
+// prepare<kRows, kVecs>(i, j) comes before the product. width is a multiple of kWidthStep, rows of
+// the last tail.
+template <typename Arch, int... kTails, typename Visit, typename Prepare = PrepareNothing>
+RA_INLINE void for_tiles(int64_t rows, int64_t width, int64_t units, Operand<typename Arch::Unit> a,
+                         Lanes<typename Arch::Unit> b, const Visit& visit,
+                         const Prepare& prepare = {}) {
   if constexpr (Arch::kOwnProduct) {
-    Arch::product(rows, width, units, a, b, b_row, c, c_row, accumulate);
+    Arch::own_tiles(rows, width, units, a, b, visit);
   } else {
-    constexpr int kLanes = Arch::V::kLanes;
+    using V = typename Arch::V;
     int64_t j = 0;
-    const auto column = [&]<int kRows, int kVecs>() {
-      for (; j + kVecs * kLanes <= width; j += kVecs * kLanes) {
-        multiply_column<Arch, kRows, kVecs>(rows, units, a, b + j, b_row, c + j, c_row, accumulate);
+    const auto columns = [&]<int kVecs>() __attribute__((always_inline)) {
+      for (; j + kVecs * V::kLanes <= width; j += kVecs * V::kLanes) {
+        int64_t i = 0;
+        const auto tiles = [&]<int kRows>() __attribute__((always_inline)) {
+          for (; i + kRows <= rows; i += kRows) {
+            V sum[kRows][kVecs];
+            prepare.template operator()<kRows, kVecs>(i, j);
+            multiply_tile<Arch, kRows, kVecs>(units, a.at(i, 0), b.at(j), b.row, sum);
+            visit(sum, i, j);
+          }
+        };
+        tiles.template operator()<Arch::tile_rows(kVecs)>();
+        (tiles.template operator()<kTails>(), ...);
       }
     };
-    Arch::with_register_tiles(column);
+    columns.template operator()<Arch::kMaxVecs>();
+    if constexpr (Arch::kMaxVecs > 3) columns.template operator()<3>();
+    if constexpr (Arch::kMaxVecs > 2) columns.template operator()<2>();
+    if constexpr (Arch::kMaxVecs > 1) columns.template operator()<1>();
   }
+}
+
+// C[rows][width] += factor A[rows][units] B[units][width]. The product is summed from zero and then
+// added: with two levels of sums the error stays flat in their number.
+template <typename Arch>
+__attribute__((noinline)) void multiply_into(int64_t rows, int64_t width, int64_t units,
+                                             Operand<typename Arch::Unit> a,
+                                             Lanes<typename Arch::Unit> b, typename Arch::State* c,
+                                             int64_t c_row, typename Arch::State factor = 1) {
+  using V = typename Arch::V;
+  const auto add = [&]<int kRows, int kVecs>(V(&sum)[kRows][kVecs], int64_t i, int64_t j)
+                       __attribute__((always_inline)) {
+#pragma GCC unroll 32
+                         for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+                           for (int v = 0; v < kVecs; ++v) {
+                             typename Arch::State* to = c + (i + r) * c_row + j + v * V::kLanes;
+                             fma(sum[r][v], V::set(factor), V::load(to)).store(to);
+                           }
+                         }
+                       };
+  // C comes from afar, and is wanted all at once when the product is done.
+  const auto fetch = [&]<int kRows, int kVecs>(int64_t i, int64_t j)
+                         __attribute__((always_inline)) {
+                           for (int r = 0; r < kRows; ++r) {
+                             const typename Arch::State* to = c + (i + r) * c_row + j;
+                             for (int v = 0; v < kVecs; ++v)
+                               __builtin_prefetch(to + v * V::kLanes, 1);
+                           }
+                         };
+  for_tiles<Arch, 4, 2, 1>(rows, width, units, a, b, add, fetch);
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ __attribute__((noinline)) typename Arch::State multiply_add_loop(int steps) {
 
 template <typename Arch>
 double register_peak(double seconds) {
-  constexpr int kSteps = 20000;
+  constexpr int kSteps = 400000;
   volatile typename Arch::State sink;  // or the compiler would leave the loop out
   return best_rate(2.0 * Arch::V::kLanes * Arch::kPair * 12 * kSteps, seconds,
                    [&] { sink = multiply_add_loop<Arch>(kSteps); });

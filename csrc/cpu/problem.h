@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "../params.h"
 
@@ -20,32 +21,77 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 constexpr int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
 
-// The working memory of one task, one allocation: `take` names the arrays and is called twice,
-// first to count bytes, then to hand out pointers. Every array starts on a cache line.
+// The working memory of one task: `take` names the arrays and is called twice, first to count
+// bytes, then to hand out pointers. A thread keeps its memory from task to task (a few MB, whatever
+// the sequence length): fresh pages would cost more than what is computed in them.
+//
+// Arrays start on a cache line, and far from one another modulo a page: a load that shares its low
+// twelve address bits with a store just before it waits for that store.
 class Scratch {
  public:
   template <typename Take>
-  explicit Scratch(const Take& take) {
+  explicit Scratch(const Take& take) : memory_(std::move(kept())) {
     take(*this);
-    memory_ = static_cast<char*>(std::aligned_alloc(kAlign, bytes_));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    bytes_ = 0;
+    if (memory_.bytes < bytes_) memory_ = Memory(round_up(bytes_, kPage));
+    start_ = memory_.data;
+    bytes_ = skew_ = 0;
     take(*this);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() { kept() = std::move(memory_); }
 
   template <typename T>
   void array(T*& pointer, int64_t count) {
-    if (memory_ != nullptr) pointer = reinterpret_cast<T*>(memory_ + bytes_);
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign) + kAlign;
+    const int64_t start = round_up(bytes_, kPage) + skew_;
+    pointer = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + start);
+    bytes_ = start + count * static_cast<int64_t>(sizeof(T));
+    skew_ = (skew_ + kSkew) % kPage;
   }
 
  private:
-  static constexpr int64_t kAlign = 64;
-  char* memory_ = nullptr;
-  int64_t bytes_ = 0;
+  static constexpr int64_t kPage = 4096, kSkew = 2304;
+
+  struct Memory {
+    char* data = nullptr;
+    int64_t bytes = 0;
+
+    Memory() = default;
+    explicit Memory(int64_t size)
+        : data(static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(size)))),
+          bytes(size) {
+      if (data == nullptr) throw std::bad_alloc();
+    }
+    Memory(Memory&& other) noexcept
+        : data(std::exchange(other.data, nullptr)), bytes(std::exchange(other.bytes, 0)) {}
+    Memory& operator=(Memory&& other) noexcept {
+      std::swap(data, other.data);
+      std::swap(bytes, other.bytes);
+      return *this;
+    }
+    ~Memory() { std::free(data); }
+  };
+
+  // Moved out while a task has it, so that a task within a task would get its own.
+  static Memory& kept() {
+    static thread_local Memory memory;
+    return memory;
+  }
+
+  Memory memory_;
+  char* start_ = nullptr;  // null while counting
+  int64_t bytes_ = 0, skew_ = 0;
+};
+
+// Note [tile shapes]. Chosen per ISA and head dim, by measurement: the lanes of a panel (head_dim x
+// panel units) are read once per row tile and should stay in half of the L1 cache, the rest of a
+// pass in the L2 cache. Key blocks are multiples of the register tile's rows.
+struct TileShape {
+  int64_t panel;       // query rows that are the lanes of one product
+  int64_t key_block;   // keys of one pass
+  int64_t panels;      // panels that share the packing of a key block
+  int64_t pass = 1;    // backward: panels whose rows one sum of dK and dV takes
+  int64_t stripe = 0;  // backward: keys whose S and dP are formed in turn
 };
 
 // Note [rows]. The query rows of one problem are those of all heads that share a K/V head, so that

@@ -49,6 +49,9 @@ RA_INLINE Vec512 operator/(Vec512 a, Vec512 b) { return {_mm512_div_ps(a.raw, b.
 RA_INLINE Vec512 fma(Vec512 a, Vec512 b, Vec512 c) {
   return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
 }
+RA_INLINE Vec512 fms(Vec512 a, Vec512 b, Vec512 c) {
+  return {_mm512_fmsub_ps(a.raw, b.raw, c.raw)};
+}
 RA_INLINE Vec512 max(Vec512 a, Vec512 b) { return {_mm512_max_ps(a.raw, b.raw)}; }
 RA_INLINE __mmask16 less(Vec512 a, Vec512 b) {
   return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ);

@@ -49,12 +49,10 @@ struct BFloat16Pairs {
   }
 
   // As two rows of units that pair neighbouring lanes.
-  static RA_INLINE void store_rows(const V (&x)[2], Unit* to, int64_t key, int64_t lane,
-                                   int64_t panel) {
+  static RA_INLINE void store_rows(const V (&x)[2], Unit* to, int64_t row) {
     const __m512i both = round_pair(x);
-    Unit* row = to + (key * panel + lane) / 2;
-    _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(both));
-    _mm256_storeu_si256((__m256i*)(row + panel / 2), _mm512_extracti64x4_epi64(both, 1));
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(to + row), _mm512_extracti64x4_epi64(both, 1));
   }
 };
 

@@ -5,11 +5,10 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  /  fma(a, b, c)  max(a, b): b where either is NaN   less(a, b) -> Vec::Mask
-//   select(mask, a, b)  Vec::any(mask)  pin(x): keeps x in a register
-//   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
-//   tanh(x)
-//   transpose_block(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units
+//   + - *  /  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN   less(a, b) ->
+//   Vec::Mask select(mask, a, b)  Vec::any(mask)  pin(x): keeps x in a register exp2<kTerms>(x):
+//   exactly 0 below -126; kTerms as in exp2_minus_one tanh(x) transpose_block(from, from_row, to,
+//   to_row): a kLanes x kLanes block of Scalar-sized units
 #pragma once
 
 #include <algorithm>
@@ -78,6 +77,10 @@ RA_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
 template <typename T>
 RA_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.raw * b.raw + c.raw};
+}
+template <typename T>
+RA_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.raw * b.raw - c.raw};
 }
 template <typename T>
 RA_INLINE typename Vec<T>::Mask less(Vec<T> a, Vec<T> b) {

@@ -18,14 +18,16 @@ struct QueryTile {
   int64_t panel, rows;  // rows is a multiple of panel
   int64_t first_head, batch;
   QueryRows query_rows;
-  int64_t first;        // number of the first row
-  int64_t* begin;       // [rows] intervals of the block in hand
-  int64_t* end;         // [rows]
-  Extent* extents;      // [rows / panel]
-  Extent extent;        // of the whole tile
-  const Elem** source;  // [rows]
-  State* low;           // [panel] intervals relative to the key block in hand
-  State* high;          // [panel]
+  int64_t* head;         // [rows] -1 for padding
+  int64_t* query;        // [rows] padding repeats the last one
+  int64_t* panel_lanes;  // [rows / panel]
+  int64_t* begin;        // [rows] intervals of the block in hand
+  int64_t* end;          // [rows]
+  Extent* extents;       // [rows / panel]
+  Extent extent;         // of the whole tile
+  const Elem** source;   // [rows]
+  State* low;            // [panel] intervals relative to the key block in hand
+  State* high;           // [panel]
 
   QueryTile(const AttentionParams& p, int64_t panel_rows, int64_t b, int64_t kv_head)
       : panel(panel_rows),
@@ -34,6 +36,9 @@ struct QueryTile {
         query_rows(p, panel_rows) {}
 
   void take(Scratch& scratch, int64_t max_rows) {
+    scratch.array(head, max_rows);
+    scratch.array(query, max_rows);
+    scratch.array(panel_lanes, max_rows / panel);
     scratch.array(begin, max_rows);
     scratch.array(end, max_rows);
     scratch.array(extents, max_rows / panel);
@@ -42,17 +47,31 @@ struct QueryTile {
     scratch.array(high, panel);
   }
 
-  void move_to(int64_t row, int64_t count) {
-    first = row;
+  // To the rows [first, first + count).
+  void move_to(int64_t first, int64_t count) {
     rows = round_up(count, panel);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = std::min(first + i, query_rows.count() - 1);
+      query[i] = std::min(query_rows.index(row), query_rows.q_len - 1);
+      head[i] = query_rows.real(first + i) ? first_head + query_rows.head(row) : -1;
+    }
+    for (int64_t u = 0; u < panels(); ++u) {
+      int64_t used = panel;
+      while (used > 1 && !real(u * panel + used - 1)) --used;
+      panel_lanes[u] = round_up(used, Arch::kWidthStep);
+    }
   }
   int64_t panels() const { return rows / panel; }
-  bool real(int64_t row) const { return query_rows.real(first + row); }
+  bool real(int64_t row) const { return head[row] >= 0; }
+  // Lanes of a panel that a product has to take: all up to its last real row.
+  int64_t lanes(int64_t u) const { return panel_lanes[u]; }
+
+  // Whether all rows are real and of one head.
+  bool evenly_spaced() const { return real(rows - 1) && head[0] == head[rows - 1]; }
 
   // Offset of a row of a [batch, heads, q_len, ...] tensor; the row is real.
   int64_t offset(int64_t row, const Strides& stride) const {
-    return batch * stride.batch + (first_head + query_rows.head(first + row)) * stride.head +
-           query_rows.index(first + row) * stride.row;
+    return batch * stride.batch + head[row] * stride.head + query[row] * stride.row;
   }
   // The same for one number per query, contiguous [batch, heads, q_len].
   int64_t flat(int64_t row, const AttentionParams& p) const {
@@ -74,9 +93,7 @@ struct QueryTile {
     for (int64_t u = 0; u < panels(); ++u) {
       extents[u] = {};
       for (int64_t i = u * panel; i < (u + 1) * panel; ++i) {
-        const int64_t row = std::min(first + i, query_rows.count() - 1);
-        const int64_t query = std::min(query_rows.index(row), query_rows.q_len - 1);
-        const Interval seen = interval_of(block, n, batch, query);
+        const Interval seen = interval_of(block, n, batch, query[i]);
         begin[i] = seen.begin;
         end[i] = seen.end;
         extents[u].add(seen.begin, seen.end);
@@ -97,7 +114,7 @@ struct QueryTile {
   // null where every row sees every key.
   const bool* mark_unseen(int64_t from, int64_t count, bool* unseen) const {
     if (extent.covers(from, from + count)) return nullptr;
-    int32_t change[Arch::kKeyBlock + 1] = {};
+    int32_t change[Arch::kMaxKeyBlock + 1] = {};
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = std::max(begin[i] - from, int64_t{0}), e = std::min(end[i] - from, count);
       if (b < e) ++change[b], --change[e];
@@ -123,6 +140,7 @@ void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* pan
   using V = typename Arch::V;
   const int64_t panel = tile.panel;
   for (int64_t i = 0; i < tile.rows; i += V::kLanes) {
+    if (!tile.real(i)) continue;
     const typename Arch::State* from = panels + i / panel * dim * panel + i % panel;
     for (int64_t d = 0; d < dim; d += V::kLanes) {
       transpose_block(from + d * panel, panel, scratch + d, dim, V{});
@@ -140,14 +158,22 @@ RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
   return select(less(j, low), other, select(less(j, high), x, other));
 }
 
-// The rows of a key block that a panel touches, in whole stripes.
-struct StripeRange {
+// The rows of a key block that a panel touches. They lie on the grid of the register tiles, so that
+// a row's reference and sums are formed alike whatever its neighbours see.
+template <typename Arch>
+struct KeyRange {
   int64_t begin, end;
+
+  // lanes: of the panel, as they decide the rows of its register tiles.
+  KeyRange(const Extent& extent, int64_t from, int64_t padded, int64_t lanes) {
+    const int64_t vecs = std::min<int64_t>(lanes / Arch::V::kLanes, Arch::kMaxVecs);
+    const int64_t grid = Arch::tile_rows(static_cast<int>(vecs));
+    begin = std::max<int64_t>(extent.begin - from, 0) / grid * grid;
+    end = std::min(round_up(extent.end - from, grid), padded);
+  }
+  bool operator==(const KeyRange&) const = default;
+  int64_t count() const { return end - begin; }
 };
-inline StripeRange stripes_of(const Extent& extent, int64_t from, int64_t padded, int64_t stripe) {
-  return {std::max<int64_t>(extent.begin - from, 0) / stripe * stripe,
-          std::min(round_up(extent.end - from, stripe), padded)};
-}
 
 }  // namespace
 }  // namespace ring_attention::cpu
