@@ -114,10 +114,13 @@ class Backward {
     if (!tile_.touches(from, count)) return;
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
+    const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;
     KeyBlock<Arch> keys;
-    keys.set(first_row(block_.v, block_.v_stride, from), block_.v_stride.row, count, unseen);
+    keys.set(first_row(block_.v, block_.v_stride, from), block_.v_stride.row, count, begin, end,
+             unseen);
     const Operand<Unit> v = keys.as_rows(p_.v_head_dim, v_copy_);
-    keys.set(first_row(block_.k, block_.k_stride, from), block_.k_stride.row, count, unseen);
+    keys.set(first_row(block_.k, block_.k_stride, from), block_.k_stride.row, count, begin, end,
+             unseen);
     const Operand<Unit> k = keys.as_rows(p_.head_dim, k_copy_);
     const Operand<Unit> columns = keys.as_columns(p_.head_dim, k_columns_, k_transposed_);
     sum_keys_from(from, keys);
@@ -316,11 +319,11 @@ class Backward {
 
   // dQ^T += K^T dS^T
   void accumulate_dq(int64_t u, Operand<Unit> columns, KeyRange<Arch> range) {
-    const int64_t panel = tile_.panel, key = range.begin / kPair;
+    const int64_t panel = tile_.panel, key = range.sum_begin / kPair;
     const Unit* ds = kPair > 1 ? ds_lanes_ : ds_rows_ + pass_column(u);
     const int64_t ds_row = kPair > 1 ? panel : pass_units_;
     multiply_into<Arch>(round_up(p_.head_dim, Arch::kDepthStep), tile_.lanes(u),
-                        range.count() / kPair, columns.at(0, key), {ds + key * ds_row, ds_row},
+                        range.sum_count() / kPair, columns.at(0, key), {ds + key * ds_row, ds_row},
                         dq_ + u * width_ * panel, panel);
   }
 
@@ -345,11 +348,11 @@ class Backward {
       }
       const int64_t rows = (end - 1 - u) * tile_.panel + tile_.lanes(end - 1);
       const int64_t first = u * tile_.panel / kPair;
-      const int64_t at = range.begin * pass_units_ + pass_column(u);
-      multiply_into<Arch>(range.count(), v_width_, rows / kPair, {p_rows_ + at, pass_units_, 1},
-                          dout_rows_.from(first), dv_ + range.begin * v_width_, v_width_);
-      multiply_into<Arch>(range.count(), width_, rows / kPair, {ds_rows_ + at, pass_units_, 1},
-                          q_rows_.from(first), dk_ + range.begin * width_, width_,
+      const int64_t at = range.sum_begin * pass_units_ + pass_column(u);
+      multiply_into<Arch>(range.sum_count(), v_width_, rows / kPair, {p_rows_ + at, pass_units_, 1},
+                          dout_rows_.from(first), dv_ + range.sum_begin * v_width_, v_width_);
+      multiply_into<Arch>(range.sum_count(), width_, rows / kPair, {ds_rows_ + at, pass_units_, 1},
+                          q_rows_.from(first), dk_ + range.sum_begin * width_, width_,
                           static_cast<State>(p_.scale));
       u = end;
     }

@@ -51,7 +51,7 @@ class Forward {
     const int64_t rows = QueryRows(p, shape.panel).count(), problems = p.batch * p.kv_heads;
     const int64_t panels = problems * divide_up(rows, shape.panel);
     // As many panels as share the packing of a key block, but few enough for all threads to work.
-    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(panels / 32, 1, shape.panels);
+    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(panels / 16, 1, shape.panels);
     const int64_t tiles = divide_up(rows, tile_rows);
     KeyParts parts(p, shape.key_block, problems * tiles);
     parallel(problems * tiles * parts.count(), [&](int64_t task) {
@@ -124,10 +124,13 @@ class Forward {
     if (!tile_.touches(from, count)) return;
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
+    const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;
     KeyBlock<Arch> keys;
-    keys.set(first_row(block.k, block.k_stride, from), block.k_stride.row, count, unseen);
+    keys.set(first_row(block.k, block.k_stride, from), block.k_stride.row, count, begin, end,
+             unseen);
     const Operand<Unit> k = keys.as_rows(p_.head_dim, k_copy_);
-    keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, unseen);
+    keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, begin, end,
+             unseen);
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
@@ -229,6 +232,9 @@ class Forward {
   template <bool kCareful, int kRows, int kVecs>
   static RA_INLINE void softmax_tile(const V (&scores)[kRows][kVecs], const Panel& panel, int64_t i,
                                      int64_t lane) {
+    if (kCareful && !panel.has_reference(lane, kVecs * kLanes)) {
+      first_reference(scores, panel, i, lane);
+    }
     const V scale = V::set(panel.scale);
     const int64_t key = panel.first_key + i;
     Unit* probs[kRows / kPair];
@@ -242,13 +248,6 @@ class Forward {
       V low = V::zero(), high = V::zero(), m = V::load(panel.m + at);
       if constexpr (kCareful) {
         low = V::load(panel.low + at), high = V::load(panel.high + at);
-        V most = V::set(-kInfinity);
-#pragma GCC unroll 32
-        for (int r = 0; r < kRows; ++r) {
-          most = max(keep_visible(key + r, low, high, scores[r][v] * scale, most), most);
-        }
-        m = select(less(V::set(-kInfinity), m), m, most);
-        m.store(panel.m + at);
         // Not yet: -inf - -inf would be NaN for a row that sees nothing, or only -inf.
         m = select(less(V::set(-kInfinity), m), m, V::zero());
       }
@@ -267,6 +266,26 @@ class Forward {
         Arch::store_lanes(prob, probs[r / kPair] + v * kLanes);
       }
       sum.store(panel.sums + at);
+    }
+  }
+
+  // Lanes without a reference take the largest score of the tile among the keys they see.
+  template <int kRows, int kVecs>
+  static RA_INLINE void first_reference(const V (&scores)[kRows][kVecs], const Panel& panel,
+                                        int64_t i, int64_t lane) {
+    const V scale = V::set(panel.scale), none = V::set(-kInfinity);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = lane + v * kLanes;
+      const V low = V::load(panel.low + at), high = V::load(panel.high + at);
+      V most = none;
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t key = panel.first_key + i + r;
+        most = max(keep_visible(key, low, high, scores[r][v] * scale, most), most);
+      }
+      const V m = V::load(panel.m + at);
+      select(less(none, m), m, most).store(panel.m + at);
     }
   }
 
@@ -345,9 +364,9 @@ class Forward {
 
   // O^T += V^T P^T.
   void accumulate(int64_t u, Operand<Unit> v, KeyRange<Arch> range) {
-    const int64_t panel = tile_.panel, key = range.begin / kPair;
+    const int64_t panel = tile_.panel, key = range.sum_begin / kPair;
     multiply_into<Arch>(round_up(p_.v_head_dim, Arch::kDepthStep), tile_.lanes(u),
-                        range.count() / kPair, v.at(0, key), {p_units_ + key * panel, panel},
+                        range.sum_count() / kPair, v.at(0, key), {p_units_ + key * panel, panel},
                         acc_ + u * v_rows_ * panel, panel);
   }
 

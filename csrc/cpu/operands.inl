@@ -143,8 +143,8 @@ void add_row(const typename V::Scalar* row, int64_t dim, typename V::Scalar fact
 constexpr int64_t kFarRow = 2048;
 
 // The keys [begin, begin + count) of a block as a kernel wants them; count is padded to kKeyStep.
-// Rows of V (or K) that the tile does not see are taken as zero wherever a product sums over keys,
-// because 0 NaN is NaN: so padding and buffer tails never spread.
+// Rows of V (or K) that the tile does not see are not read, or taken as zero, wherever a product
+// sums over keys, because 0 NaN is NaN: so padding and buffer tails never spread.
 template <typename Arch>
 struct KeyBlock {
   using Elem = typename Arch::Elem;
@@ -154,16 +154,18 @@ struct KeyBlock {
   int64_t count, padded;
   const Elem* rows[Arch::kMaxKeyBlock];
 
-  // unseen may be null: all keys are seen.
-  void set(const Elem* data, int64_t stride, int64_t keys, const bool* unseen) {
+  // Keys are seen within [seen_begin, seen_end), but for those marked unseen, where not null.
+  void set(const Elem* data, int64_t stride, int64_t keys, int64_t seen_begin, int64_t seen_end,
+           const bool* unseen) {
     count = keys;
     padded = round_up(keys, Arch::kKeyStep);
     near_ = stride * static_cast<int64_t>(sizeof(Elem)) < kFarRow;
-    all_ = unseen == nullptr && count == padded;
+    holes_ = unseen != nullptr;
     base_ = data;
     stride_ = stride;
     for (int64_t j = 0; j < padded; ++j) {
-      rows[j] = j < count && !(unseen && unseen[j]) ? data + j * stride : nullptr;
+      const bool seen = seen_begin <= j && j < seen_end && !(unseen && unseen[j]);
+      rows[j] = seen && j < count ? data + j * stride : nullptr;
     }
   }
 
@@ -183,7 +185,7 @@ struct KeyBlock {
   Operand<Unit> as_columns(int64_t dim, Unit* copy, Unit* transposed) const {
     const int64_t width = round_up(dim, Arch::kWidthStep);
     if constexpr (kInPlace<Arch> && kPair == 1) {
-      if (near_ && all_) return {base_, 1, stride_};
+      if (near_ && !holes_) return {base_, 1, stride_};
     }
     interleave_rows<Arch>(rows, padded, dim, width, copy);
     if constexpr (!Arch::kTransposeColumns) {
@@ -202,7 +204,7 @@ struct KeyBlock {
  private:
   const Elem* base_;
   int64_t stride_;
-  bool near_, all_;
+  bool near_, holes_;
 };
 
 }  // namespace

@@ -116,8 +116,10 @@ struct QueryRows {
 struct Extent {
   int64_t begin = std::numeric_limits<int64_t>::max(), end = 0;            // some row sees
   int64_t full_begin = 0, full_end = std::numeric_limits<int64_t>::max();  // all rows see
+  bool whole = true;  // each key of [begin, end) is seen by some row; false: perhaps not
 
   void add(int64_t row_begin, int64_t row_end) {
+    if (row_begin < row_end && begin < end) whole &= row_begin <= end && begin <= row_end;
     begin = std::min(begin, row_begin);
     end = std::max(end, row_end);
     full_begin = std::max(full_begin, row_begin);

@@ -60,6 +60,9 @@ RA_INLINE Vec256 fms(Vec256 a, Vec256 b, Vec256 c) {
 }
 RA_INLINE Vec256 max(Vec256 a, Vec256 b) { return {_mm256_max_ps(a.raw, b.raw)}; }
 RA_INLINE __m256 less(Vec256 a, Vec256 b) { return _mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ); }
+RA_INLINE __m256 within(Vec256 x, Vec256 low, Vec256 high) {
+  return _mm256_and_ps(_mm256_cmp_ps(x.raw, low.raw, _CMP_GE_OQ), less(x, high));
+}
 RA_INLINE Vec256 select(__m256 mask, Vec256 a, Vec256 b) {
   return {_mm256_blendv_ps(b.raw, a.raw, mask)};
 }

@@ -56,6 +56,10 @@ RA_INLINE Vec512 max(Vec512 a, Vec512 b) { return {_mm512_max_ps(a.raw, b.raw)};
 RA_INLINE __mmask16 less(Vec512 a, Vec512 b) {
   return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ);
 }
+RA_INLINE __mmask16 within(Vec512 x, Vec512 low, Vec512 high) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x.raw, low.raw, _CMP_GE_OQ);
+  return _mm512_mask_cmp_ps_mask(above, x.raw, high.raw, _CMP_LT_OQ);
+}
 RA_INLINE Vec512 select(__mmask16 mask, Vec512 a, Vec512 b) {
   return {_mm512_mask_blend_ps(mask, b.raw, a.raw)};
 }

@@ -5,10 +5,12 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  /  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN   less(a, b) ->
-//   Vec::Mask select(mask, a, b)  Vec::any(mask)  pin(x): keeps x in a register exp2<kTerms>(x):
-//   exactly 0 below -126; kTerms as in exp2_minus_one tanh(x) transpose_block(from, from_row, to,
-//   to_row): a kLanes x kLanes block of Scalar-sized units
+//   + - *  /  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN
+//   less(a, b), within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
+//   pin(x): keeps x in a register
+//   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
+//   tanh(x)
+//   transpose_block(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units
 #pragma once
 
 #include <algorithm>
@@ -85,6 +87,10 @@ RA_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {
 template <typename T>
 RA_INLINE typename Vec<T>::Mask less(Vec<T> a, Vec<T> b) {
   return a.raw < b.raw;
+}
+template <typename T>
+RA_INLINE typename Vec<T>::Mask within(Vec<T> x, Vec<T> low, Vec<T> high) {
+  return (x.raw >= low.raw) & (x.raw < high.raw);
 }
 template <typename T>
 RA_INLINE Vec<T> select(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {

@@ -111,9 +111,11 @@ struct QueryTile {
   }
 
   // Fills unseen[j] for the keys [from, from + count): true where no row sees the key. Returns
-  // null where every row sees every key.
+  // null where what each panel sees has no holes.
   const bool* mark_unseen(int64_t from, int64_t count, bool* unseen) const {
-    if (extent.covers(from, from + count)) return nullptr;
+    bool whole = true;
+    for (int64_t u = 0; u < panels(); ++u) whole &= extents[u].whole;
+    if (whole) return nullptr;
     int32_t change[Arch::kMaxKeyBlock + 1] = {};
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = std::max(begin[i] - from, int64_t{0}), e = std::min(end[i] - from, count);
@@ -154,8 +156,7 @@ void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* pan
 // x where the lane sees the key, else other. A select: what an unseen key gives may be NaN.
 template <typename V>
 RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
-  const V j = V::set(static_cast<typename V::Scalar>(key));
-  return select(less(j, low), other, select(less(j, high), x, other));
+  return select(within(V::set(static_cast<typename V::Scalar>(key)), low, high), x, other);
 }
 
 // The rows of a key block that a panel touches. They lie on the grid of the register tiles, so that
@@ -163,6 +164,7 @@ RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
 template <typename Arch>
 struct KeyRange {
   int64_t begin, end;
+  int64_t sum_begin, sum_end;  // the part of it that products sum over
 
   // lanes: of the panel, as they decide the rows of its register tiles.
   KeyRange(const Extent& extent, int64_t from, int64_t padded, int64_t lanes) {
@@ -170,9 +172,13 @@ struct KeyRange {
     const int64_t grid = Arch::tile_rows(static_cast<int>(vecs));
     begin = std::max<int64_t>(extent.begin - from, 0) / grid * grid;
     end = std::min(round_up(extent.end - from, grid), padded);
+    constexpr int64_t kStep = Arch::kOwnProduct ? Arch::kKeyStep : Arch::kPair;
+    sum_begin = std::max<int64_t>(extent.begin - from, 0) / kStep * kStep;
+    sum_end = std::min(round_up(extent.end - from, kStep), padded);
   }
   bool operator==(const KeyRange&) const = default;
   int64_t count() const { return end - begin; }
+  int64_t sum_count() const { return sum_end - sum_begin; }
 };
 
 }  // namespace
