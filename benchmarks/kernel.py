@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The CPU block kernels against torch's attention and against the machine's peak.
 
-    python benchmarks/kernel.py --threads 1,2 --dtype bfloat16,float32 --head-dim 64,128
+    python benchmarks/kernel.py                                     # the main table
+    python benchmarks/kernel.py --case full,softcap,gqa,sinks --head-dim 64
+    python benchmarks/kernel.py --case short64,short256,short1024 --direction forward
+    python benchmarks/kernel.py --case decode1,decode16 --direction forward
 
-Every round runs the peak loop, our kernel and torch's one after the other, so that all three see
-the same machine. Rates count the products of visible query-key pairs (forward 4 head_dim per
-pair, backward 2.5 times that). Printed are the median of ours and of torch's, the largest peak,
-ours as a share of it, and the median over the rounds of torch's time divided by ours.
+Every round runs the peak loop (on as many threads as the kernel), our kernel and torch's one after
+the other, so that all three see the same machine. Useful rates count the products of visible
+query-key pairs (forward 4 head_dim per pair, backward 2.5 times that), touched rates those of all
+64 x 64 tiles with a visible pair. Printed are the medians of ours and of torch's, the largest peak,
+ours (touched) as a share of it: the median, and the best round; and the median over the rounds of
+torch's time divided by ours. Decoding is bound by memory: its last columns are GB/s of K and V,
+and the share of what reading memory reaches in the same rounds.
+
+RING_ATTENTION_CPU chooses the instruction set, as everywhere.
 """
 
 from __future__ import annotations
@@ -28,95 +36,213 @@ from ring_attention import ops
 from ring_attention.mask import Causal, Documents, Full, Mask, Window
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is computed: torch is asked for the same, where it has it."""
+
+    mask: Mask
+    q_len: int
+    k_len: int
+    heads: int
+    kv_heads: int
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @property
+    def has_peer(self) -> bool:
+        return not self.sinks and self.softcap == 0.0
+
+
+def case_named(name: str, length: int, heads: int) -> Case:
+    full = Case(Full(), length, length, heads, heads)
+    sixteenth = max(length // 16, 1)
+    documents = Causal() & Documents([*range(0, length, sixteenth), length])
+    cases = {
+        "full": full,
+        "causal": Case(Causal(), length, length, heads, heads),
+        "window": Case(Causal() & Window(511, 0), length, length, heads, heads),
+        "documents": Case(documents, length, length, heads, heads),
+        "gqa": Case(Full(), length, length, 8, 2),
+        "softcap": Case(Full(), length, length, heads, heads, softcap=30.0),
+        "sinks": Case(Full(), length, length, heads, heads, sinks=True),
+    }
+    for prefix, case in (
+        ("short", lambda n: Case(Full(), n, n, heads, heads)),
+        ("decode", lambda n: Case(Full(), n, 65536, 8, 2)),
+    ):
+        if name.startswith(prefix) and name.removeprefix(prefix).isdigit():
+            return case(int(name.removeprefix(prefix)))
+    if name not in cases:
+        raise SystemExit(
+            f"kernel.py: expected --case of {', '.join(cases)}, shortN or decodeN, got {name}"
+        )
+    return cases[name]
+
+
 @dataclass
 class Row:
-    """One line of the table; rates in GFLOP/s of visible pairs."""
+    """One line of the table; rates in GFLOP/s."""
 
     threads: int
     dtype: str
     head_dim: int
-    mask: str
+    case: str
     direction: str
-    ours: float
-    torch: float
-    speedup: float
+    useful: float
+    touched: float
+    torch: float | None
+    speedup: float | None
     peak: float
     of_peak: float
+    best_of_peak: float
+    bandwidth: float | None = None  # GB/s of K and V
+    of_bandwidth: float | None = None
 
 
-def masks(length: int) -> dict[str, Mask]:
-    sixteenth = max(length // 16, 1)
-    return {
-        "full": Full(),
-        "causal": Causal(),
-        "window": Causal() & Window(511, 0),
-        "documents": Causal() & Documents([*range(0, length, sixteenth), length]),
-    }
-
-
-def timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds per run."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
 
 
-def calls(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, name: str, mask: Mask
-) -> tuple[dict[str, tuple[Callable[[], object], Callable[[], object]]], int]:
-    """direction -> (ours, torch's), and the number of visible pairs of one head."""
-    length, scale = q.shape[2], q.shape[3] ** -0.5
-    begin, end = (x.to(torch.int32) for x in mask.intervals(length, length))
-    pairs = int((end.long() - begin.long()).clamp(min=0).sum())
-    ring = torch.ops.ring_attention
-    out, lse = ring.forward(q, k, v, begin, end, None, scale, 0.0)
+def read_bandwidth(memory: Tensor) -> float:
+    """Bytes per second of a reduction over memory that no cache holds."""
+    return memory.nbytes / timed(memory.sum)
 
-    # torch's attention has one fast mask; the others it takes as a dense boolean.
-    dense = mask.dense(length, length)[:, None] if name not in ("full", "causal") else None
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
-    def sdpa(*qkv: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*qkv, attn_mask=dense, is_causal=name == "causal")
+def tiles_touched(begin: Tensor, end: Tensor, k_len: int) -> int:
+    """Query-key pairs of the 64 x 64 tiles with a visible pair; intervals [1, 1, Sq]."""
+    keys = torch.arange(0, k_len, 64)
+    rows = (begin[0, 0][:, None] < keys + 64) & (keys < end[0, 0][:, None])
+    touched = 0
+    for i in range(0, rows.shape[0], 64):
+        part = rows[i : i + 64]
+        touched += int(part.any(dim=0).sum()) * part.shape[0] * min(64, k_len)
+    return touched
 
-    graph = sdpa(*leaves)
-    error = (out.float() - graph.detach().float()).abs().max().item()
-    if error > 0.05:
-        raise SystemExit(f"kernel.py: expected torch's result, got an error of {error} for {name}")
-    forward = (lambda: ring.forward(q, k, v, begin, end, None, scale, 0.0), lambda: sdpa(q, k, v))
-    backward = (
-        lambda: ring.backward(dout, None, q, k, v, out, lse, begin, end, None, scale, 0.0),
-        lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True),
-    )
-    return {"forward": forward, "backward": backward}, pairs
+
+@dataclass
+class Problem:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    begin: Tensor
+    end: Tensor
+    case: Case
+    name: str
+
+    @classmethod
+    def make(cls, name: str, case: Case, dtype: torch.dtype, head_dim: int) -> Problem:
+        torch.manual_seed(0)
+        shapes = [(case.heads, case.q_len), *2 * [(case.kv_heads, case.k_len)]]
+        shapes.append((case.heads, case.q_len))
+        q, k, v, dout = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in shapes)
+        begin, end = (x.to(torch.int32) for x in case.mask.intervals(case.q_len, case.k_len))
+        return cls(q, k, v, dout, begin, end, case, name)
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[3] ** -0.5)
+
+    def ours(self) -> dict[str, Callable[[], object]]:
+        ring, case = torch.ops.ring_attention, self.case
+        q, k, v = self.q, self.k, self.v
+        sinks = torch.zeros(case.heads) if case.sinks else None
+        rest = (self.begin, self.end, sinks, self.scale, case.softcap)
+        out, lse = ring.forward(q, k, v, *rest)
+        return {
+            "forward": lambda: ring.forward(q, k, v, *rest),
+            "backward": lambda: ring.backward(self.dout, None, q, k, v, out, lse, *rest),
+        }
+
+    def torchs(self) -> dict[str, Callable[[], object]]:
+        """torch has one fast mask; the others it takes as a dense boolean."""
+        case = self.case
+        if not case.has_peer:
+            return {}
+        causal = self.name == "causal"
+        dense = None
+        if not causal and not isinstance(case.mask, Full):
+            dense = case.mask.dense(case.q_len, case.k_len)[:, None]
+        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+
+        def sdpa(*qkv: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                *qkv, attn_mask=dense, is_causal=causal, enable_gqa=case.heads != case.kv_heads
+            )
+
+        graph = sdpa(*leaves)
+        ours = self.ours()["forward"]()
+        error = (ours[0].float() - graph.detach().float()).abs().max().item()  # type: ignore[index]
+        if error > 0.05:
+            raise SystemExit(f"kernel.py: expected torch's result, got an error of {error}")
+        return {
+            "forward": lambda: sdpa(self.q, self.k, self.v),
+            "backward": lambda: torch.autograd.grad(graph, leaves, self.dout, retain_graph=True),
+        }
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: str) -> list[Row]:
-    torch.manual_seed(0)
-    shape = (1, args.heads, args.length, head_dim)
-    q, k, v, dout = (torch.randn(shape).to(dtype) for _ in range(4))
-    directions, pairs = calls(q, k, v, dout, name, masks(args.length)[name])
+    case = case_named(name, args.length, args.heads)
+    problem = Problem.make(name, case, dtype, head_dim)
+    ours, theirs = problem.ours(), problem.torchs()
+    visible = int((problem.end.long() - problem.begin.long()).clamp(min=0).sum())
+    touched = tiles_touched(problem.begin, problem.end, case.k_len)
+    decoding = name.startswith("decode")
+    memory = torch.ones(1 << 27) if decoding else torch.ones(1)
     rows = []
-    for direction, (ours, theirs) in directions.items():
-        flops = (4 if direction == "forward" else 10) * head_dim * pairs * args.heads
-        rounds = [
-            (ops.peak_flops(dtype, 0.05), timed(ours), timed(theirs)) for _ in range(args.rounds)
-        ]
-        peak = max(r[0] for r in rounds) / 1e9
-        rate = flops / 1e9 / statistics.median(r[1] for r in rounds)
-        rows.append(
-            Row(
-                threads=torch.get_num_threads(),
-                dtype=str(dtype).removeprefix("torch."),
-                head_dim=head_dim,
-                mask=name,
-                direction=direction,
-                ours=round(rate, 1),
-                torch=round(flops / 1e9 / statistics.median(r[2] for r in rounds), 1),
-                speedup=round(statistics.median(r[2] / r[1] for r in rounds), 2),
-                peak=round(peak, 1),
-                of_peak=round(rate / peak, 3),
-            )
+    for direction in args.direction:
+        # Short problems are repeated, so that a round is long enough to time.
+        repeats = max(1, round(2e9 / (4 * head_dim * touched * case.heads)))
+        rounds = []
+        for _ in range(args.rounds):
+            top = ops.peak_flops(dtype, 0.03)
+            mine = timed(ours[direction], repeats)
+            yours = None
+            if direction in theirs:
+                yours = timed(theirs[direction], repeats)
+            rounds.append((top, mine, yours, read_bandwidth(memory) if decoding else 0.0))
+        flops = (4 if direction == "forward" else 10) * head_dim * case.heads / 1e9
+        top = max(r[0] for r in rounds) / 1e9
+        median = statistics.median(r[1] for r in rounds)
+        best = min(r[1] for r in rounds)
+        row = Row(
+            threads=torch.get_num_threads(),
+            dtype=str(dtype).removeprefix("torch."),
+            head_dim=head_dim,
+            case=name,
+            direction=direction,
+            useful=round(flops * visible / median, 1),
+            touched=round(flops * touched / median, 1),
+            torch=None,
+            speedup=None,
+            peak=round(top, 1),
+            of_peak=round(flops * touched / median / top, 3),
+            best_of_peak=round(flops * touched / best / top, 3),
         )
+        if direction in theirs:
+            row.torch = round(flops * visible / statistics.median(r[2] or 0.0 for r in rounds), 1)
+            row.speedup = round(statistics.median((r[2] or 0.0) / r[1] for r in rounds), 2)
+        if decoding and direction == "forward":
+            row.bandwidth = round((problem.k.nbytes + problem.v.nbytes) / median / 1e9, 1)
+            row.of_bandwidth = round(row.bandwidth * 1e9 / max(r[3] for r in rounds), 3)
+        rows.append(row)
     return rows
+
+
+def line(row: Row) -> str:
+    torchs = (
+        f"{row.torch:7.1f} {row.speedup:8.2f}x" if row.torch is not None else f"{'-':>7} {'-':>9}"
+    )
+    memory = "" if row.bandwidth is None else f"  {row.bandwidth:5.1f} GB/s  {row.of_bandwidth:.0%}"
+    return (
+        f"{row.threads:<8} {row.dtype:<9} {row.head_dim:<4} {row.case:<10} {row.direction:<9} "
+        f"{row.useful:7.1f} {row.touched:8.1f}  {torchs} {row.peak:8.1f} {row.of_peak:8.0%} "
+        f"{row.best_of_peak:6.0%}{memory}"
+    )
 
 
 def processor() -> str:
@@ -135,7 +261,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=comma, default=["1", "2"])
     parser.add_argument("--dtype", type=comma, default=["bfloat16", "float32"])
     parser.add_argument("--head-dim", type=comma, default=["64", "128"])
-    parser.add_argument("--mask", type=comma, default=list(masks(16)))
+    parser.add_argument("--case", type=comma, default=["full", "causal", "window", "documents"])
+    parser.add_argument("--direction", type=comma, default=["forward", "backward"])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -150,22 +277,18 @@ def main() -> None:
         f"B=1 H={args.heads} N={args.length}, {args.rounds} rounds, GFLOP/s\n"
     )
     print(
-        "threads  dtype     D    mask       direction    ours    torch  speed-up    peak  of peak"
+        "threads  dtype     D    case       direction  useful  touched    torch  speed-up "
+        "    peak  of peak   best"
     )
     rows: list[Row] = []
     for threads in args.threads:
         torch.set_num_threads(int(threads))
         for dtype in args.dtype:
             for head_dim in args.head_dim:
-                for name in args.mask:
+                for name in args.case:
                     for row in measure(args, getattr(torch, dtype), int(head_dim), name):
                         rows.append(row)
-                        print(
-                            f"{row.threads:<8} {row.dtype:<9} {row.head_dim:<4} {row.mask:<10} "
-                            f"{row.direction:<9} {row.ours:7.1f}  {row.torch:7.1f} "
-                            f"{row.speedup:8.2f}x {row.peak:7.1f}  {row.of_peak:8.0%}",
-                            flush=True,
-                        )
+                        print(line(row), flush=True)
     if args.json:
         machine = {"processor": processor(), "isa": ops.isa_name(), "torch": torch.__version__}
         args.json.write_text(

@@ -388,6 +388,27 @@ def test_many_tiles(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.isa
+@each_low
+@each_mask
+def test_many_chunks(mask: Any, dtype: torch.dtype) -> None:
+    """The backward's pairs of chunks, heads of a group that end within a pass of panels."""
+    lengths = {"q_len": 601, "k_len": 771}
+    assert_matches_reference(problem(dtype, mask, batch=2, heads=2, kv_heads=1, **lengths))
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("q_len", [1, 3, 70])
+def test_few_queries_against_many_keys(q_len: int, dtype: torch.dtype) -> None:
+    """Keys split into parts, whose states are combined; alone and carried from fold to fold."""
+    p = problem(dtype, bottom_right, q_len=q_len, k_len=4500, head_dim=40, sinks=True)
+    assert_matches_reference(p)
+    kv = blocks(p, (2100, 2103))
+    for groups in ([kv], [kv[:1], kv[1:]], [kv[:2], kv[2:], []]):
+        assert_matches_reference(p, folded(p, groups))
+
+
+@pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
@@ -555,6 +576,39 @@ def test_influence(mask: Any, dtype: torch.dtype) -> None:
         apart = ~(p.visible & sees[..., None]).any(dim=1)
         for a, b in zip(before[3:5], after[3:5], strict=True):
             assert torch.equal(a.transpose(1, 2)[apart], b.transpose(1, 2)[apart])
+
+
+@pytest.mark.isa
+@each_low
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """Not on what they see, nor on whether their scores make a tile fold twice."""
+    p = problem(dtype, scattered, batch=1, heads=1, kv_heads=1, q_len=64, k_len=300, scale=1.0)
+    alone = ours(p)
+    others = torch.arange(64) % 3 != 0
+    begin, end = scattered(1, 64, 300)
+    q = p.q.clone()
+    q[:, :, others] *= 40
+    together = ours(
+        replace(
+            p,
+            q=q,
+            begin=torch.where(others, begin, p.begin),
+            end=torch.where(others, end, p.end),
+        )
+    )
+    for a, b in zip(alone[:3], together[:3], strict=True):
+        assert torch.equal(a[:, :, ~others], b[:, :, ~others])
+
+
+@pytest.mark.isa
+@each_dtype
+def test_scratch_of_earlier_calls_does_not_matter(dtype: torch.dtype) -> None:
+    p = problem(dtype, padded, q_len=75, k_len=131, head_dim=72)
+    before = ours(p)
+    nan = problem(dtype, full, q_len=300, k_len=300, head_dim=136)
+    ours(replace(nan, q=torch.full_like(nan.q, math.nan), v=torch.full_like(nan.v, math.nan)))
+    for a, b in zip(before, ours(p), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.isa

@@ -39,24 +39,40 @@ class KeyParts {
   // After all parts are folded: the state or the output of the whole.
   void combine(const Parallel& parallel) {
     if (count() == 1) return;
-    ForwardParams& all = parts_.front();
-    const DType state = all.dtype == DType::kFloat64 ? all.dtype : DType::kFloat32;
-    for (int64_t i = 1; i < count(); ++i) {
-      const ForwardParams& part = params(i);
-      cpu::combine(state, rows_, all.v_head_dim, all.acc, all.m, all.l, part.acc, part.m, part.l,
-                   parallel);
-    }
+    const ForwardParams& all = params(0);
+    parallel(divide_up(rows_, kRowsPerTask), [&](int64_t task) {
+      const int64_t first = task * kRowsPerTask;
+      for (int64_t i = 1; i < count(); ++i) {
+        combine_rows(all, params(i), first, std::min(kRowsPerTask, rows_ - first));
+      }
+    });
     if (whole_.last) finish(all, parallel);
   }
 
  private:
   static constexpr int64_t kFewTasks = 16, kManyTasks = 32, kLeastKeys = 1024;
+  static constexpr int64_t kRowsPerTask = 64;
+
+  int64_t state_bytes() const { return whole_.dtype == DType::kFloat64 ? 8 : 4; }
+
+  void combine_rows(const ForwardParams& to, const ForwardParams& from, int64_t first,
+                    int64_t count) const {
+    const auto at = [&](void* data, int64_t width) {
+      return static_cast<char*>(data) + first * width * state_bytes();
+    };
+    const DType state = whole_.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const int64_t dim = whole_.v_head_dim;
+    const Parallel here = {.threads = 1, .run = [](int64_t tasks, auto* body, void* context) {
+                             for (int64_t task = 0; task < tasks; ++task) body(context, task);
+                           }};
+    cpu::combine(state, count, dim, at(to.acc, dim), at(to.m, 1), at(to.l, 1), at(from.acc, dim),
+                 at(from.m, 1), at(from.l, 1), here);
+  }
 
   // The first part carries on from the caller's state or sinks, the others start empty. The
   // caller's state is written only where it is the result.
   void give_states() {
-    const int64_t state_bytes = whole_.dtype == DType::kFloat64 ? 8 : 4;
-    const int64_t part_bytes = rows_ * (whole_.v_head_dim + 2) * state_bytes;
+    const int64_t part_bytes = rows_ * (whole_.v_head_dim + 2) * state_bytes();
     states_.resize(static_cast<size_t>(part_bytes * count()));
     for (int64_t i = 0; i < count(); ++i) {
       ForwardParams& part = parts_[static_cast<size_t>(i)];
@@ -65,12 +81,12 @@ class KeyParts {
       if (i == 0 && !whole_.last) continue;
       char* memory = states_.data() + i * part_bytes;
       part.acc = memory;
-      part.m = memory + rows_ * whole_.v_head_dim * state_bytes;
-      part.l = memory + rows_ * (whole_.v_head_dim + 1) * state_bytes;
+      part.m = memory + rows_ * whole_.v_head_dim * state_bytes();
+      part.l = memory + rows_ * (whole_.v_head_dim + 1) * state_bytes();
       if (part.first) continue;
-      std::memcpy(part.acc, whole_.acc, rows_ * whole_.v_head_dim * state_bytes);
-      std::memcpy(part.m, whole_.m, rows_ * state_bytes);
-      std::memcpy(part.l, whole_.l, rows_ * state_bytes);
+      std::memcpy(part.acc, whole_.acc, rows_ * whole_.v_head_dim * state_bytes());
+      std::memcpy(part.m, whole_.m, rows_ * state_bytes());
+      std::memcpy(part.l, whole_.l, rows_ * state_bytes());
     }
   }
 
