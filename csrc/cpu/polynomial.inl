@@ -35,7 +35,7 @@ RA_INLINE V tanh(V x) {
   const V n = nearest(z), r = z - n;
   const V power = scale_by_power(one, n);
   const V e = fma(exp2_minus_one<6>(r) * r, power, power - one);
-  return e / (e + V::set(2.0f));
+  return quotient(e, e + V::set(2.0f));
 }
 
 }  // namespace

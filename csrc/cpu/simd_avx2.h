@@ -51,7 +51,7 @@ struct Vec256 {
 RA_INLINE Vec256 operator+(Vec256 a, Vec256 b) { return {_mm256_add_ps(a.raw, b.raw)}; }
 RA_INLINE Vec256 operator-(Vec256 a, Vec256 b) { return {_mm256_sub_ps(a.raw, b.raw)}; }
 RA_INLINE Vec256 operator*(Vec256 a, Vec256 b) { return {_mm256_mul_ps(a.raw, b.raw)}; }
-RA_INLINE Vec256 operator/(Vec256 a, Vec256 b) { return {_mm256_div_ps(a.raw, b.raw)}; }
+RA_INLINE Vec256 quotient(Vec256 a, Vec256 b) { return {_mm256_div_ps(a.raw, b.raw)}; }
 RA_INLINE Vec256 fma(Vec256 a, Vec256 b, Vec256 c) {
   return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)};
 }

@@ -45,12 +45,19 @@ struct Vec512 {
 RA_INLINE Vec512 operator+(Vec512 a, Vec512 b) { return {_mm512_add_ps(a.raw, b.raw)}; }
 RA_INLINE Vec512 operator-(Vec512 a, Vec512 b) { return {_mm512_sub_ps(a.raw, b.raw)}; }
 RA_INLINE Vec512 operator*(Vec512 a, Vec512 b) { return {_mm512_mul_ps(a.raw, b.raw)}; }
-RA_INLINE Vec512 operator/(Vec512 a, Vec512 b) { return {_mm512_div_ps(a.raw, b.raw)}; }
 RA_INLINE Vec512 fma(Vec512 a, Vec512 b, Vec512 c) {
   return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
 }
 RA_INLINE Vec512 fms(Vec512 a, Vec512 b, Vec512 c) {
   return {_mm512_fmsub_ps(a.raw, b.raw, c.raw)};
+}
+// An estimate of 1 / b, one Newton step, one correction: a quarter of the division's time.
+RA_INLINE Vec512 quotient(Vec512 a, Vec512 b) {
+  const Vec512 estimate = {_mm512_rcp14_ps(b.raw)};
+  const Vec512 inverse = {_mm512_fnmadd_ps(
+      _mm512_fmsub_ps(b.raw, estimate.raw, _mm512_set1_ps(1.0f)), estimate.raw, estimate.raw)};
+  const Vec512 q = a * inverse;
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(b.raw, q.raw, a.raw), inverse.raw, q.raw)};
 }
 RA_INLINE Vec512 max(Vec512 a, Vec512 b) { return {_mm512_max_ps(a.raw, b.raw)}; }
 RA_INLINE __mmask16 less(Vec512 a, Vec512 b) {

@@ -5,7 +5,7 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  /  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN
+//   + - *  quotient(a, b), to an ulp  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN
 //   less(a, b), within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
 //   pin(x): keeps x in a register
 //   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
@@ -73,7 +73,7 @@ RA_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
   return {a.raw * b.raw};
 }
 template <typename T>
-RA_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+RA_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
   return {a.raw / b.raw};
 }
 template <typename T>
