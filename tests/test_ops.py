@@ -663,6 +663,26 @@ def test_values_near_the_largest(dtype: torch.dtype) -> None:
 
 @pytest.mark.isa
 @each_dtype
+@pytest.mark.parametrize("size", [1e4, 1e15])
+def test_huge_scores(size: float, dtype: torch.dtype) -> None:
+    """Scores whose neighbours in floating point are further apart than any exponent reaches."""
+    p = problem(dtype, causal, q_len=70, k_len=70, dlse=False)
+    size = min(size, 1e4 if dtype == torch.float16 else size)
+    p.q.mul_(size), p.k.mul_(size)
+    out, _, *gradients = ours(p)
+    assert torch.isfinite(out).all() and all(torch.isfinite(x).all() for x in gradients)
+    # One key has all the weight: powers of two, whose products and sums are exact.
+    p.q.copy_(size), p.k.copy_(size)
+    p.k[:, :, 5:] *= 2
+    p.k[:, :, 9:] *= 2
+    out, lse, *_ = ours(p)
+    v = p.v.repeat_interleave(2, dim=1)
+    assert torch.equal(out[:, :, 9], v[:, :, 9]) and torch.equal(out[:, :, 5], v[:, :, 5])
+    assert torch.isfinite(lse).all()
+
+
+@pytest.mark.isa
+@each_dtype
 def test_large_sinks(dtype: torch.dtype) -> None:
     p = problem(dtype, sinks=True)
     assert p.sinks is not None

@@ -251,7 +251,8 @@ class Backward {
         for (int s = 0; s < kPair; ++s) {
           V score = scores[r + s][v];
           if constexpr (kCapped) score = tanh(score * slope);
-          prob[s] = exp2<Arch::kExpTerms>(fms(score, scale, lse));
+          // P <= 1, however far the rounding of a huge score carries it.
+          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), fms(score, scale, lse)));
           if constexpr (kMasked) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }

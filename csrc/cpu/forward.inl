@@ -43,6 +43,8 @@ class Forward {
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kMostSum = 0x1p24;
+  // Q^T is scaled when it is loaded, where that costs no precision, and with no softcap.
+  static constexpr bool kScaledQ = kPair == 1;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -74,6 +76,7 @@ class Forward {
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         v_rows_(round_up(params.v_head_dim, Arch::kWidthStep)),
+        scale_(static_cast<State>(params.scale) * kLog2e),
         tile_(params, shape.panel, b, kv_head),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
 
@@ -202,7 +205,7 @@ class Forward {
             .first_key = range.begin,
             .full_begin = tile_.extents[u].full_begin - first,
             .full_end = tile_.extents[u].full_end - first,
-            .scale = cap != 0 ? State{1} : static_cast<State>(p_.scale) * kLog2e,
+            .scale = scale_,
             .slope = cap != 0 ? static_cast<State>(p_.scale) / cap : State{0},
             .height = cap * kLog2e};
   }
@@ -217,7 +220,7 @@ class Forward {
                        {q_ + u * tile_.panel * units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
-                             if constexpr (kCapped) cap_scores(scores, panel);
+                             to_log2_units<kCapped>(scores, panel);
                              if (panel.covers(i, kRows) &&
                                  (referenced || panel.has_reference(lane, kVecs * kLanes))) {
                                softmax_tile<false>(scores, panel, i, lane);
@@ -227,7 +230,7 @@ class Forward {
                            });
   }
 
-  // P and its sums from one tile of unscaled scores. With kCareful some lane may not see some key,
+  // P and its sums from one tile of scores. With kCareful some lane may not see some key,
   // or have no reference yet.
   template <bool kCareful, int kRows, int kVecs>
   static RA_INLINE void softmax_tile(const V (&scores)[kRows][kVecs], const Panel& panel, int64_t i,
@@ -235,7 +238,6 @@ class Forward {
     if (kCareful && !panel.has_reference(lane, kVecs * kLanes)) {
       first_reference(scores, panel, i, lane);
     }
-    const V scale = V::set(panel.scale);
     const int64_t key = panel.first_key + i;
     Unit* probs[kRows / kPair];
 #pragma GCC unroll 32
@@ -257,7 +259,7 @@ class Forward {
         V prob[kPair];
 #pragma GCC unroll 2
         for (int s = 0; s < kPair; ++s) {
-          prob[s] = exp2<Arch::kExpTerms>(fms(scores[r + s][v], scale, m));
+          prob[s] = exp2<Arch::kExpTerms>(scores[r + s][v] - m);
           if constexpr (kCareful) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }
@@ -273,7 +275,7 @@ class Forward {
   template <int kRows, int kVecs>
   static RA_INLINE void first_reference(const V (&scores)[kRows][kVecs], const Panel& panel,
                                         int64_t i, int64_t lane) {
-    const V scale = V::set(panel.scale), none = V::set(-kInfinity);
+    const V none = V::set(-kInfinity);
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       const int64_t at = lane + v * kLanes;
@@ -282,21 +284,26 @@ class Forward {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
         const int64_t key = panel.first_key + i + r;
-        most = max(keep_visible(key, low, high, scores[r][v] * scale, most), most);
+        most = max(keep_visible(key, low, high, scores[r][v], most), most);
       }
       const V m = V::load(panel.m + at);
       select(less(none, m), m, most).store(panel.m + at);
     }
   }
 
-  // c tanh(S / c), in log2 units.
-  template <int kRows, int kVecs>
-  static RA_INLINE void cap_scores(V (&scores)[kRows][kVecs], const Panel& panel) {
-    const V slope = V::set(panel.slope), height = V::set(panel.height);
+  // From products to scores in log2 units: scaled, unless Q was, or c tanh(S / c). Rounded before
+  // the reference is subtracted, so that the largest has P = 1 exactly, however large it is.
+  template <bool kCapped, int kRows, int kVecs>
+  static RA_INLINE void to_log2_units(V (&scores)[kRows][kVecs], const Panel& panel) {
+    if constexpr (!kCapped && kScaledQ) return;
+    const V scale = V::set(panel.scale), slope = V::set(panel.slope);
+    const V height = V::set(panel.height);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) scores[r][v] = height * tanh(scores[r][v] * slope);
+      for (int v = 0; v < kVecs; ++v) {
+        scores[r][v] = kCapped ? height * tanh(scores[r][v] * slope) : scores[r][v] * scale;
+      }
     }
   }
 
@@ -340,7 +347,11 @@ class Forward {
                        {q_ + u * tile_.panel * units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
-                             if (capped) cap_scores(scores, panel);
+                             if (capped) {
+                               to_log2_units<true>(scores, panel);
+                             } else {
+                               to_log2_units<false>(scores, panel);
+                             }
                              maximum_tile(scores, panel, i, lane);
                            });
   }
@@ -355,8 +366,8 @@ class Forward {
       V most = V::load(panel.sums + at);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
-        const V x = scores[r][v] * V::set(panel.scale);
-        most = max(keep_visible(panel.first_key + i + r, low, high, x, most), most);
+        const int64_t key = panel.first_key + i + r;
+        most = max(keep_visible(key, low, high, scores[r][v], most), most);
       }
       most.store(panel.sums + at);
     }
@@ -378,6 +389,9 @@ class Forward {
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       transpose_rows<Arch>(q + u * panel, tile_.lanes(u), p_.head_dim, units_,
                            q_ + u * panel * units_, panel);
+      if constexpr (kScaledQ) {
+        if (p_.softcap == 0.0) scale_panel(q_ + u * panel * units_);
+      }
     }
     std::memset(acc_, 0, tile_.rows * v_rows_ * sizeof *acc_);
     for (int64_t i = 0; i < tile_.rows; ++i) {
@@ -386,6 +400,12 @@ class Forward {
       if (tile_.real(i)) load_row(i);
     }
     if (!p_.first) load_acc();
+  }
+
+  void scale_panel(State* q) const {
+    for (int64_t i = 0; i < units_ * tile_.panel; i += kLanes) {
+      (V::load(q + i) * V::set(scale_)).store(q + i);
+    }
   }
 
   void load_row(int64_t i) {
@@ -445,6 +465,7 @@ class Forward {
   const int64_t kv_head_;
   const int64_t units_;   // of q and k along head_dim
   const int64_t v_rows_;  // of O^T
+  const State scale_;     // to log2 units
   QueryTile<Arch> tile_;
   Unit* q_;         // Q^T [panels][units][panel]
   State* acc_;      // O^T [panels][v_rows][panel]

@@ -59,6 +59,7 @@ RA_INLINE Vec512 quotient(Vec512 a, Vec512 b) {
   const Vec512 q = a * inverse;
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(b.raw, q.raw, a.raw), inverse.raw, q.raw)};
 }
+RA_INLINE Vec512 min(Vec512 a, Vec512 b) { return {_mm512_min_ps(a.raw, b.raw)}; }
 RA_INLINE Vec512 max(Vec512 a, Vec512 b) { return {_mm512_max_ps(a.raw, b.raw)}; }
 RA_INLINE __mmask16 less(Vec512 a, Vec512 b) {
   return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ);

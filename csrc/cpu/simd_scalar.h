@@ -5,8 +5,9 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  quotient(a, b), to an ulp  fma(a, b, c)  fms(a, b, c)  max(a, b): b where either is NaN
-//   less(a, b), within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
+//   + - *  quotient(a, b), to an ulp  fma(a, b, c)  fms(a, b, c)
+//   min(a, b)  max(a, b): b where either is NaN
+//   less(a, b)  within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
 //   pin(x): keeps x in a register
 //   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
 //   tanh(x)
@@ -95,6 +96,10 @@ RA_INLINE typename Vec<T>::Mask within(Vec<T> x, Vec<T> low, Vec<T> high) {
 template <typename T>
 RA_INLINE Vec<T> select(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {
   return {mask ? a.raw : b.raw};
+}
+template <typename T>
+RA_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return {a.raw < b.raw ? a.raw : b.raw};
 }
 template <typename T>
 RA_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
