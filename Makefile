@@ -5,6 +5,7 @@
 #   make check   formatting, lint, types
 #   make bench   the benchmarks, in a few minutes
 #   make clean   remove what the others made
+#   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
 #
 # Each one does its own set-up (virtual environment, PyTorch, build) and is quick the second time.
 # Settings: PYTHON=python3.12, TORCH="torch==2.11.0", VENV=.venv
@@ -21,7 +22,19 @@ BIN = $(VENV)/bin
 NATIVE = setup.py pyproject.toml $(shell find csrc -type f)
 FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test check bench clean prerequisites
+# PYTHONSAFEPATH keeps this folder, and so the ordinary build, off Python's path. Python itself is not
+# sanitized: ASan must be loaded ahead of it, and libstdc++ with it, whose throw it wraps. Of leaks
+# Python and torch have many.
+SANITIZED = build/sanitize
+SANITIZERS_ON = PYTHONPATH=$(SANITIZED)/lib PYTHONSAFEPATH=1 \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6)"
+# --capture=sys: a report is the last thing a process writes, and pytest must not be holding it.
+SANITIZED_TESTS = $(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/test_ops.py
+# test_isa: captures what its processes write, and waits 280 s for them; a loop does its work.
+UNSANITIZED = --deselect 'tests/test_ops.py::test_isa'
+
+.PHONY: demo test check sanitize bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -37,6 +50,14 @@ check: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: $(VENV)/built
+	RING_ATTENTION_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(SANITIZERS_ON) $(BIN)/python -c 'from ring_attention import ops; print(*ops.isa_names()); \
+	    assert "/$(SANITIZED)/" in ops.__file__, ops.__file__' > $(SANITIZED)/isas
+	$(SANITIZERS_ON) $(SANITIZED_TESTS) -m "not isa" $(UNSANITIZED) $(ARGS)
+	for isa in $$(cat $(SANITIZED)/isas); do echo "RING_ATTENTION_CPU=$$isa"; \
+	    $(SANITIZERS_ON) RING_ATTENTION_CPU=$$isa $(SANITIZED_TESTS) -m isa $(ARGS) || exit 1; done
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/kernel.py

@@ -16,7 +16,21 @@ ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the operators may use: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No -march: each ISA enables its own instructions and is chosen at run time.
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
+# -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
+
+
+def setting(name: str, values: tuple[str, ...], remark: str) -> str:
+    """The environment variable `name`; unset is the first of its values."""
+    value = os.environ.get(name, values[0])
+    if value not in values:
+        raise SystemExit(
+            f"ring_attention: expected {name} unset or {' or '.join(values)}, got {value!r}{remark}"
+        )
+    return value
 
 
 def sources(*patterns: str) -> list[str]:
@@ -27,23 +41,22 @@ def headers() -> list[str]:
     return sources("csrc/**/*.h", "csrc/**/*.inl")
 
 
-def refuse_cuda() -> None:
-    if os.environ.get("RING_ATTENTION_CUDA", "0") != "0":
-        raise SystemExit(
-            "ring_attention: expected RING_ATTENTION_CUDA unset or 0, got "
-            f"{os.environ['RING_ATTENTION_CUDA']}; this release has CPU kernels only"
-        )
-    print("ring_attention: building the CPU operators and the planner (no CUDA kernels yet)")
-
-
-refuse_cuda()
+setting("RING_ATTENTION_CUDA", ("0",), "; this release has CPU kernels only")
+SANITIZE = setting("RING_ATTENTION_SANITIZE", ("0", "1"), "") == "1"
+COMPILE = [*FLAGS, *(SANITIZER_FLAGS if SANITIZE else ["-O3"])]
+LINK = SANITIZERS if SANITIZE else []
+print(
+    "ring_attention: building the CPU operators and the planner (no CUDA kernels yet)"
+    + (", with sanitizers" if SANITIZE else "")
+)
 setup(
     ext_modules=[
         CppExtension(
             "ring_attention._C",
             sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
             depends=headers(),
-            extra_compile_args={"cxx": [*FLAGS, TORCH_TARGET]},
+            extra_compile_args={"cxx": [*COMPILE, TORCH_TARGET]},
+            extra_link_args=LINK,
             py_limited_api=True,
         ),
         Extension(
@@ -51,7 +64,8 @@ setup(
             sources("csrc/plan_bindings.cpp", "csrc/plan/*.cpp"),
             include_dirs=[pybind11.get_include()],
             depends=headers(),
-            extra_compile_args={"cxx": FLAGS},
+            extra_compile_args={"cxx": COMPILE},
+            extra_link_args=LINK,
             language="c++",
         ),
     ],
