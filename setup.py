@@ -15,8 +15,16 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the operators may use: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# No -march: each ISA enables its own instructions and is chosen at run time.
-FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# No -march: each ISA enables its own instructions and is chosen at run time. No contraction: where
+# the kernels want a product rounded, see to_log2_units() in forward.inl, they must get it.
+FLAGS = [
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 # For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

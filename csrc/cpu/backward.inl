@@ -252,7 +252,7 @@ class Backward {
           V score = scores[r + s][v];
           if constexpr (kCapped) score = tanh(score * slope);
           // P <= 1, however far the rounding of a huge score carries it.
-          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), fms(score, scale, lse)));
+          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), score * scale - lse));
           if constexpr (kMasked) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }

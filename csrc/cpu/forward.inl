@@ -43,8 +43,6 @@ class Forward {
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kMostSum = 0x1p24;
-  // Q^T is scaled when it is loaded, where that costs no precision, and with no softcap.
-  static constexpr bool kScaledQ = kPair == 1;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -76,7 +74,6 @@ class Forward {
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         v_rows_(round_up(params.v_head_dim, Arch::kWidthStep)),
-        scale_(static_cast<State>(params.scale) * kLog2e),
         tile_(params, shape.panel, b, kv_head),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
 
@@ -205,7 +202,7 @@ class Forward {
             .first_key = range.begin,
             .full_begin = tile_.extents[u].full_begin - first,
             .full_end = tile_.extents[u].full_end - first,
-            .scale = scale_,
+            .scale = static_cast<State>(p_.scale) * kLog2e,
             .slope = cap != 0 ? static_cast<State>(p_.scale) / cap : State{0},
             .height = cap * kLog2e};
   }
@@ -291,11 +288,11 @@ class Forward {
     }
   }
 
-  // From products to scores in log2 units: scaled, unless Q was, or c tanh(S / c). Rounded before
-  // the reference is subtracted, so that the largest has P = 1 exactly, however large it is.
+  // From products to scores in log2 units: scaled, or c tanh(S / c). Rounded before the reference
+  // is subtracted, so that the largest has P = 1 exactly, however large it is; the backward rounds
+  // alike, or its P would not be the forward's.
   template <bool kCapped, int kRows, int kVecs>
   static RA_INLINE void to_log2_units(V (&scores)[kRows][kVecs], const Panel& panel) {
-    if constexpr (!kCapped && kScaledQ) return;
     const V scale = V::set(panel.scale), slope = V::set(panel.slope);
     const V height = V::set(panel.height);
 #pragma GCC unroll 32
@@ -389,9 +386,6 @@ class Forward {
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       transpose_rows<Arch>(q + u * panel, tile_.lanes(u), p_.head_dim, units_,
                            q_ + u * panel * units_, panel);
-      if constexpr (kScaledQ) {
-        if (p_.softcap == 0.0) scale_panel(q_ + u * panel * units_);
-      }
     }
     std::memset(acc_, 0, tile_.rows * v_rows_ * sizeof *acc_);
     for (int64_t i = 0; i < tile_.rows; ++i) {
@@ -400,12 +394,6 @@ class Forward {
       if (tile_.real(i)) load_row(i);
     }
     if (!p_.first) load_acc();
-  }
-
-  void scale_panel(State* q) const {
-    for (int64_t i = 0; i < units_ * tile_.panel; i += kLanes) {
-      (V::load(q + i) * V::set(scale_)).store(q + i);
-    }
   }
 
   void load_row(int64_t i) {
@@ -465,7 +453,6 @@ class Forward {
   const int64_t kv_head_;
   const int64_t units_;   // of q and k along head_dim
   const int64_t v_rows_;  // of O^T
-  const State scale_;     // to log2 units
   QueryTile<Arch> tile_;
   Unit* q_;         // Q^T [panels][units][panel]
   State* acc_;      // O^T [panels][v_rows][panel]

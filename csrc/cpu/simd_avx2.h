@@ -55,9 +55,6 @@ RA_INLINE Vec256 quotient(Vec256 a, Vec256 b) { return {_mm256_div_ps(a.raw, b.r
 RA_INLINE Vec256 fma(Vec256 a, Vec256 b, Vec256 c) {
   return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)};
 }
-RA_INLINE Vec256 fms(Vec256 a, Vec256 b, Vec256 c) {
-  return {_mm256_fmsub_ps(a.raw, b.raw, c.raw)};
-}
 RA_INLINE Vec256 min(Vec256 a, Vec256 b) { return {_mm256_min_ps(a.raw, b.raw)}; }
 RA_INLINE Vec256 max(Vec256 a, Vec256 b) { return {_mm256_max_ps(a.raw, b.raw)}; }
 RA_INLINE __m256 less(Vec256 a, Vec256 b) { return _mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ); }

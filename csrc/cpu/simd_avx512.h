@@ -48,9 +48,6 @@ RA_INLINE Vec512 operator*(Vec512 a, Vec512 b) { return {_mm512_mul_ps(a.raw, b.
 RA_INLINE Vec512 fma(Vec512 a, Vec512 b, Vec512 c) {
   return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
 }
-RA_INLINE Vec512 fms(Vec512 a, Vec512 b, Vec512 c) {
-  return {_mm512_fmsub_ps(a.raw, b.raw, c.raw)};
-}
 // An estimate of 1 / b, one Newton step, one correction: a quarter of the division's time.
 RA_INLINE Vec512 quotient(Vec512 a, Vec512 b) {
   const Vec512 estimate = {_mm512_rcp14_ps(b.raw)};

@@ -5,7 +5,7 @@
 //
 // Note [Vec]. What a simd_*.h defines, and the algorithms of *.inl are written in:
 //   Vec with Scalar, kLanes, zero(), set(x), load(p), p of any element type (widening), store(p)
-//   + - *  quotient(a, b), to an ulp  fma(a, b, c)  fms(a, b, c)
+//   + - *  quotient(a, b), to an ulp  fma(a, b, c)
 //   min(a, b)  max(a, b): b where either is NaN
 //   less(a, b)  within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
 //   pin(x): keeps x in a register
@@ -80,10 +80,6 @@ RA_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
 template <typename T>
 RA_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.raw * b.raw + c.raw};
-}
-template <typename T>
-RA_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return {a.raw * b.raw - c.raw};
 }
 template <typename T>
 RA_INLINE typename Vec<T>::Mask less(Vec<T> a, Vec<T> b) {
