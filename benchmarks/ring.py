@@ -4,20 +4,24 @@
     python benchmarks/ring.py                           # the table
     python benchmarks/ring.py --json ring.json          # and as JSON
 
-Ranks are gloo processes of one thread each, on one machine. One process with P threads computes the
-whole sequence right before and after, so efficiency = its time / the ring's time carries what the
-ring costs: messages, packing, waiting, and imbalance. Every figure is the best of --repeats.
+Ranks are gloo processes of one thread each, on one machine. In every round the ring runs, then the
+peer's ring, then rank 0 alone with P threads on the whole sequence, while the others sleep. So
+efficiency = alone / ring carries what the ring costs: messages, packing, waiting, and imbalance.
+Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,32 +55,35 @@ class Problem:
         ]
 
 
-def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[float, float]:
-    """Seconds of one forward and of its backward, over all ranks."""
-    times = []
+@dataclass(frozen=True)
+class Seconds:
+    """Of one forward and its backward, until all ranks are done; waiting: of the worst rank."""
+
+    forward: float
+    backward: float
+    waiting: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+Contestant = Callable[[], Seconds]
+
+
+def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, alone: bool) -> Seconds:
+    barrier = (lambda: None) if alone else dist.barrier
     barrier()
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     out = call()
     barrier()
-    times.append(time.perf_counter() - start)
-    start = time.perf_counter()
+    middle_s = time.perf_counter()
     torch.autograd.grad(out, inputs, dout)
     barrier()
-    times.append(time.perf_counter() - start)
-    return times[0], times[1]
+    return Seconds(middle_s - start_s, time.perf_counter() - middle_s)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def best(times: list[tuple[float, float]]) -> tuple[float, float]:
-    return min(t[0] for t in times), min(t[1] for t in times)
-
-
-def run_ours(problem: Problem, repeats: int) -> tuple[float, float, float]:
-    """Forward and backward seconds, and the largest share of a rank's time spent waiting."""
+def ring(problem: Problem) -> Contestant:
     group = dist.group.WORLD
     size = dist.get_world_size()
     layout = ra.Zigzag(problem.tokens_per_rank * size, size)
@@ -85,31 +92,19 @@ def run_ours(problem: Problem, repeats: int) -> tuple[float, float, float]:
     made = ra.plan(MASKS[problem.mask], layout, group=group)
     ra.agree(made, group, q, k, v)
 
-    def call() -> Tensor:
-        return ra.attention(q, k, v, plan=made, group=group)
-
-    timed(call, inputs, dout)
-    times, waiting = [], []
-    for _ in range(repeats):
+    def run() -> Seconds:
         with trace.record() as events:
-            times.append(timed(call, inputs, dout))
-        waited = torch.tensor(sum(e.end_s - e.start_s for e in events if e.name == "wait"))
-        dist.all_reduce(waited, dist.ReduceOp.MAX)
-        waiting.append(float(waited) / sum(times[-1]))
-    return *best(times), min(waiting)
+            seconds = timed(
+                lambda: ra.attention(q, k, v, plan=made, group=group), inputs, dout, alone=False
+            )
+        waited_s = torch.tensor(sum(e.end_s - e.start_s for e in events if e.name == "wait"))
+        dist.all_reduce(waited_s, dist.ReduceOp.MAX)
+        return replace(seconds, waiting=float(waited_s))
+
+    return run
 
 
-def run_one_process(problem: Problem, world_size: int, repeats: int) -> tuple[float, float]:
-    q, k, v, dout = problem.whole(world_size)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    mask = MASKS[problem.mask]
-    timed(lambda: ra.attention(q, k, v, mask=mask), inputs, dout)
-    return best(
-        [timed(lambda: ra.attention(q, k, v, mask=mask), inputs, dout) for _ in range(repeats)]
-    )
-
-
-def run_peer(problem: Problem, repeats: int) -> tuple[float, float] | None:
+def peer_ring(problem: Problem) -> Contestant | None:
     """The peer's ring on its own striped shards, [B, S, H, D]; None where it does not run."""
     try:
         from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
@@ -135,33 +130,57 @@ def run_peer(problem: Problem, repeats: int) -> tuple[float, float] | None:
         )
 
     try:
-        timed(call, inputs, dout)
-        return best([timed(call, inputs, dout) for _ in range(repeats)])
+        timed(call, inputs, dout, alone=False)
     except (RuntimeError, AssertionError):
         return None
+    return lambda: timed(call, inputs, dout, alone=False)
 
 
-def serve(rank: int, world_size: int, store: str, problems: list[Problem], options: Any) -> None:
+def one_process(problem: Problem) -> Contestant:
+    """Rank 0 alone, with the threads of all; the other ranks sleep in a barrier meanwhile."""
+    size = dist.get_world_size()
+    if dist.get_rank() != 0:
+
+        def run() -> Seconds:
+            dist.barrier()
+            return Seconds(0.0, 0.0)
+
+        return run
+    q, k, v, dout = problem.whole(size)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mask = MASKS[problem.mask]
+
+    def run() -> Seconds:
+        torch.set_num_threads(min(size, len(os.sched_getaffinity(0))))
+        seconds = timed(lambda: ra.attention(q, k, v, mask=mask), inputs, dout, alone=True)
+        torch.set_num_threads(1)
+        dist.barrier()
+        return seconds
+
+    return run
+
+
+def serve(rank: int, world_size: int, store: str, problem: Problem, options: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    results = []
-    for problem in problems:
-        results.append(
-            {
-                "ours": run_ours(problem, options.repeats),
-                "peer": run_peer(problem, options.repeats) if options.peer else None,
-            }
-        )
+    contestants = {"ring": ring(problem), "alone": one_process(problem)}
+    if options.peer and (peer := peer_ring(problem)):
+        contestants["peer"] = peer
+    rounds = []
+    for _ in range(1 + options.rounds):
+        rounds.append({name: asdict(run()) for name, run in contestants.items()})
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(results))
+        Path(f"{store}.json").write_text(json.dumps(rounds[1:]))  # the first one warms up
     dist.destroy_process_group()
 
 
-def in_ranks(world_size: int, problems: list[Problem], options: Any) -> list[dict[str, Any]]:
+def measure(world_size: int, problem: Problem, options: Any) -> list[dict[str, Seconds]]:
+    """The rounds, each with the contestants that ran."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
-        mp.spawn(serve, (world_size, store, problems, options), nprocs=world_size)
-        return json.loads(Path(f"{store}.json").read_text())
+        mp.spawn(serve, (world_size, store, problem, options), nprocs=world_size)
+        rounds = json.loads(Path(f"{store}.json").read_text())
+    return [{name: Seconds(**seconds) for name, seconds in r.items()} for r in rounds]
 
 
 def flops(problem: Problem, world_size: int) -> float:
@@ -175,7 +194,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=2, help="ring size (default 2)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2], metavar="P", help="ring sizes (default 2)"
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -189,67 +210,54 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="best of this many (default 3)")
+    parser.add_argument("--rounds", type=int, default=7, help="after one to warm up (default 7)")
     parser.add_argument(
         "--no-peer",
         dest="peer",
         action="store_false",
         help=f"leave out {PEER} (pip install {PEER}==0.5.20)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rounds as JSON")
     options = parser.parse_args()
 
-    problems = [
-        Problem(mask, dtype, tokens, options.heads, options.kv_heads, options.head_dim)
-        for tokens in options.tokens
-        for dtype in options.dtype
-        for mask in options.mask
-    ]
-    torch.set_num_threads(options.ranks)
     print(
-        f"{platform.machine()}, torch {torch.__version__}, kernels: {ra.isa_name()}, "
-        f"{options.ranks} ranks of one thread, H={options.heads} G={options.kv_heads} "
-        f"D={options.head_dim}, best of {options.repeats}\n"
+        f"{platform.machine()}, torch {torch.__version__}, kernels: {ra.isa_name()}, ranks of one "
+        f"thread, H={options.heads} G={options.kv_heads} D={options.head_dim}, "
+        f"{options.rounds} rounds\n"
     )
-    print("tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd   waiting   vs peer")
+    print(
+        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd   waiting   vs peer"
+    )
     rows = []
-    for problem in problems:
-        alone = run_one_process(problem, options.ranks, options.repeats)
-        (ring,) = in_ranks(options.ranks, [problem], options)
-        again = run_one_process(problem, options.ranks, options.repeats)
-        alone = min(alone[0], again[0]), min(alone[1], again[1])
-        forward_s, backward_s, waiting = ring["ours"]
-        peer = ring["peer"]
-        ratio = sum(peer) / (forward_s + backward_s) if peer else None
-        work = flops(problem, options.ranks)
+    for size, tokens, dtype, mask in itertools.product(
+        options.ranks, options.tokens, options.dtype, options.mask
+    ):
+        problem = Problem(mask, dtype, tokens, options.heads, options.kv_heads, options.head_dim)
+        rounds = measure(size, problem, options)
         rows.append(
-            asdict(problem)
-            | {
-                "forward_s": forward_s,
-                "backward_s": backward_s,
-                "one_process_forward_s": alone[0],
-                "one_process_backward_s": alone[1],
-                "waiting": waiting,
-                "peer_forward_s": peer[0] if peer else None,
-                "peer_backward_s": peer[1] if peer else None,
-            }
+            {"ranks": size, "problem": asdict(problem)}
+            | {"rounds": [{name: asdict(s) for name, s in r.items()} for r in rounds]}
         )
+        work = flops(problem, size)
+        peer = [r["peer"].total / r["ring"].total for r in rounds if "peer" in r]
         print(
-            f"{problem.tokens_per_rank:11d} {problem.dtype:5} {problem.mask:7}"
-            f"{work / forward_s / 1e9:12.0f} {2.5 * work / backward_s / 1e9:4.0f}"
-            f"{100 * alone[0] / forward_s:15.0f}% {100 * alone[1] / backward_s:3.0f}%"
-            f"{100 * waiting:9.1f}% " + (f"{ratio:8.1f}x" if ratio else "        -")
+            f"{size:5d} {tokens:11d} {dtype:5} {mask:7}"
+            f"{work / min(r['ring'].forward for r in rounds) / 1e9:12.0f}"
+            f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}"
+            f"{100 * median(r['alone'].forward / r['ring'].forward for r in rounds):15.0f}%"
+            f"{100 * median(r['alone'].backward / r['ring'].backward for r in rounds):4.0f}%"
+            f"{100 * median(r['ring'].waiting / r['ring'].total for r in rounds):9.1f}% "
+            + (f"{median(peer):8.1f}x" if peer else "        -"),
+            flush=True,
         )
     print(
-        "\nefficiency: one process with as many threads / the ring. waiting: the worst rank's "
-        f"share. vs peer: {PEER} 0.5.20, forward + backward, same run (-: not installed, or it "
-        "raises for this dtype)."
+        "\nGFLOP/s: of the best round, over all ranks. efficiency: one process with as many "
+        "threads\n(no more than there are cores) / the ring. waiting: the worst rank's share. "
+        f"vs peer: {PEER}\n0.5.20, forward + backward (-: not installed, or raises for the dtype)."
     )
     if options.json:
         about = {"date": str(date.today()), "torch": torch.__version__, "isa": ra.isa_name()}
-        options.json.write_text(
-            json.dumps(about | {"ranks": options.ranks, "rows": rows}, indent=1)
-        )
+        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Note [pairs]. The backward without atomics on data: query rows and keys are cut into n chunks, n
-// by shape; step t has the pairs (query chunk (j + t) mod n, key chunk j), of which no two share
-// dq, dk or dv. A pair waits for the one before it in its query chunk and the one before it in its
-// key chunk, not for a whole step. So every sum is added in the order of steps, whatever the
-// number of threads. Pairs that see nothing of one another do not exist.
+// Note [pairs]. The backward without atomics on data: query rows and keys are cut into chunks, by
+// shape, at most n of either; step t has the pairs (query chunk (j + t) mod n, key chunk j), of
+// which no two share dq, dk or dv. A pair waits for the one before it in its query chunk and the
+// one before it in its key chunk, not for a whole step. So every sum is added in the order of
+// steps, whatever the number of threads. Pairs that see nothing of one another do not exist.
 #pragma once
 
 #include <algorithm>
@@ -28,11 +28,11 @@ class PairSchedule {
   PairSchedule(const AttentionParams& p, const KVBlock& block, const TileShape& shape)
       : rows_(p, shape.panel) {
     const int64_t problems = p.batch * p.kv_heads, rows = rows_.count();
-    const int64_t n = chunks(problems, std::max(rows, block.k_len));
-    row_chunk_ = round_up(divide_up(rows, n), shape.panel * shape.pass);
-    key_chunk_ = round_up(divide_up(block.k_len, n), shape.key_block);
+    row_chunk_ = chunk(problems, rows, 512, shape.panel * shape.pass);
+    key_chunk_ = chunk(problems, block.k_len, 256, shape.key_block);
     row_chunks_ = divide_up(rows, row_chunk_);
     const int64_t key_chunks = divide_up(block.k_len, key_chunk_);
+    const int64_t n = std::max(row_chunks_, key_chunks);
     const std::vector<Extent> seen = extents(block, p.batch);
     std::vector<int32_t> row_turn(static_cast<size_t>(problems * row_chunks_));
     std::vector<int32_t> key_turn(static_cast<size_t>(problems * key_chunks));
@@ -91,9 +91,12 @@ class PairSchedule {
     while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
   }
 
-  // Enough chunks for 32 pairs at a time, of at least 256 rows.
-  static int64_t chunks(int64_t problems, int64_t length) {
-    return std::clamp<int64_t>(divide_up(32, problems), 1, std::max<int64_t>(length / 256, 1));
+  // Up to 32 pairs at a time, as long as chunks keep `least` rows: packing costs as much as the
+  // products gain from a smaller one. Short sequences go down to half of that for 8 pairs.
+  static int64_t chunk(int64_t problems, int64_t length, int64_t least, int64_t multiple) {
+    const int64_t many = std::min(divide_up(32, problems), length / least);
+    const int64_t some = std::min(divide_up(8, problems), length / (least / 2));
+    return round_up(divide_up(length, std::max<int64_t>({many, some, 1})), multiple);
   }
 
   // What each query chunk sees of the block, over all intervals: [batch][row_chunks].
