@@ -11,8 +11,9 @@ the other, so that all three see the same machine. Useful rates count the produc
 query-key pairs (forward 4 head_dim per pair, backward 2.5 times that), touched rates those of all
 64 x 64 tiles with a visible pair. Printed are the medians of ours and of torch's, the largest peak,
 ours (touched) as a share of it: the median, and the best round; and the median over the rounds of
-torch's time divided by ours. Decoding is bound by memory: its last columns are GB/s of K and V,
-and the share of what reading memory reaches in the same rounds.
+torch's time divided by ours. Masks and the like also run beside the full mask: the column is the
+median of the ratios of their touched rates. Decoding is bound by memory: its last columns are GB/s
+of K and V, and the share of what reading memory reaches in the same rounds.
 
 RING_ATTENTION_CPU chooses the instruction set, as everywhere.
 """
@@ -95,8 +96,20 @@ class Row:
     peak: float
     of_peak: float
     best_of_peak: float
+    of_full: float | None = None  # touched rate / the full mask's
     bandwidth: float | None = None  # GB/s of K and V
     of_bandwidth: float | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What ran one after the other: the peak in FLOP/s, seconds per call, bytes per second."""
+
+    peak: float
+    ours_s: float
+    torch_s: float | None
+    full_s: float | None
+    bandwidth: float | None
 
 
 def timed(run: Callable[[], object], repeats: int = 1) -> float:
@@ -147,6 +160,13 @@ class Problem:
     def scale(self) -> float:
         return float(self.q.shape[3] ** -0.5)
 
+    @property
+    def visible(self) -> int:
+        return int((self.end.long() - self.begin.long()).clamp(min=0).sum())
+
+    def flops(self, direction: str, pairs: int) -> float:
+        return (4 if direction == "forward" else 10) * self.q.shape[3] * self.case.heads * pairs
+
     def ours(self) -> dict[str, Callable[[], object]]:
         ring, case = torch.ops.ring_attention, self.case
         q, k, v = self.q, self.k, self.v
@@ -158,8 +178,8 @@ class Problem:
             "backward": lambda: ring.backward(self.dout, None, q, k, v, out, lse, *rest),
         }
 
-    def torchs(self) -> dict[str, Callable[[], object]]:
-        """torch has one fast mask; the others it takes as a dense boolean."""
+    def torchs(self, ours: Callable[[], object]) -> dict[str, Callable[[], object]]:
+        """torch has one fast mask; the others it takes as a dense boolean. `ours`: to compare."""
         case = self.case
         if not case.has_peer:
             return {}
@@ -175,8 +195,7 @@ class Problem:
             )
 
         graph = sdpa(*leaves)
-        ours = self.ours()["forward"]()
-        error = (ours[0].float() - graph.detach().float()).abs().max().item()  # type: ignore[index]
+        error = (ours()[0].float() - graph.detach().float()).abs().max().item()  # type: ignore[index]
         if error > 0.05:
             raise SystemExit(f"kernel.py: expected torch's result, got an error of {error}")
         return {
@@ -186,49 +205,67 @@ class Problem:
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: str) -> list[Row]:
-    case = case_named(name, args.length, args.heads)
-    problem = Problem.make(name, case, dtype, head_dim)
-    ours, theirs = problem.ours(), problem.torchs()
-    visible = int((problem.end.long() - problem.begin.long()).clamp(min=0).sum())
-    touched = tiles_touched(problem.begin, problem.end, case.k_len)
-    decoding = name.startswith("decode")
+    def problem_of(name: str) -> Problem:
+        return Problem.make(name, case_named(name, args.length, args.heads), dtype, head_dim)
+
+    problem = problem_of(name)
+    ours = problem.ours()
+    theirs = problem.torchs(ours["forward"])
+    touched = tiles_touched(problem.begin, problem.end, problem.case.k_len)
+    decoding, short = name.startswith("decode"), name.startswith("short")
+    full = None if decoding or short or name == "full" else problem_of("full")
+    fulls = full.ours() if full else {}
     memory = torch.ones(1 << 27) if decoding else torch.ones(1)
     rows = []
     for direction in args.direction:
+        work = problem.flops(direction, touched)
         # Short problems are repeated, so that a round is long enough to time.
-        repeats = max(1, round(2e9 / (4 * head_dim * touched * case.heads)))
+        repeats = max(1, round(2e9 / problem.flops("forward", touched)))
         rounds = []
         for _ in range(args.rounds):
-            top = ops.peak_flops(dtype, 0.03)
-            mine = timed(ours[direction], repeats)
-            yours = None
-            if direction in theirs:
-                yours = timed(theirs[direction], repeats)
-            rounds.append((top, mine, yours, read_bandwidth(memory) if decoding else 0.0))
-        flops = (4 if direction == "forward" else 10) * head_dim * case.heads / 1e9
-        top = max(r[0] for r in rounds) / 1e9
-        median = statistics.median(r[1] for r in rounds)
-        best = min(r[1] for r in rounds)
+            rounds.append(
+                Round(
+                    peak=ops.peak_flops(dtype, 0.03),
+                    ours_s=timed(ours[direction], repeats),
+                    torch_s=timed(theirs[direction], repeats) if direction in theirs else None,
+                    full_s=timed(fulls[direction]) if fulls else None,
+                    bandwidth=read_bandwidth(memory) if decoding else None,
+                )
+            )
+        peak = max(r.peak for r in rounds)
+        median = statistics.median(r.ours_s for r in rounds)
         row = Row(
             threads=torch.get_num_threads(),
             dtype=str(dtype).removeprefix("torch."),
             head_dim=head_dim,
             case=name,
             direction=direction,
-            useful=round(flops * visible / median, 1),
-            touched=round(flops * touched / median, 1),
+            useful=round(problem.flops(direction, problem.visible) / median / 1e9, 1),
+            touched=round(work / median / 1e9, 1),
             torch=None,
             speedup=None,
-            peak=round(top, 1),
-            of_peak=round(flops * touched / median / top, 3),
-            best_of_peak=round(flops * touched / best / top, 3),
+            peak=round(peak / 1e9, 1),
+            of_peak=round(work / median / peak, 3),
+            best_of_peak=round(work / min(r.ours_s for r in rounds) / peak, 3),
         )
-        if direction in theirs:
-            row.torch = round(flops * visible / statistics.median(r[2] or 0.0 for r in rounds), 1)
-            row.speedup = round(statistics.median((r[2] or 0.0) / r[1] for r in rounds), 2)
+        if torchs := [(r.torch_s, r.ours_s) for r in rounds if r.torch_s is not None]:
+            useful = problem.flops(direction, problem.visible) / 1e9
+            row.torch = round(useful / statistics.median(torch_s for torch_s, _ in torchs), 1)
+            row.speedup = round(
+                statistics.median(torch_s / ours_s for torch_s, ours_s in torchs), 2
+            )
+        if full is not None:
+            work_of_full = full.flops(direction, full.visible)
+            row.of_full = round(
+                statistics.median(
+                    work / r.ours_s * r.full_s / work_of_full for r in rounds if r.full_s
+                ),
+                3,
+            )
         if decoding and direction == "forward":
-            row.bandwidth = round((problem.k.nbytes + problem.v.nbytes) / median / 1e9, 1)
-            row.of_bandwidth = round(row.bandwidth * 1e9 / max(r[3] for r in rounds), 3)
+            nbytes = problem.k.nbytes + problem.v.nbytes
+            row.bandwidth = round(nbytes / median / 1e9, 1)
+            row.of_bandwidth = round(nbytes / median / max(r.bandwidth or 0 for r in rounds), 3)
         rows.append(row)
     return rows
 
@@ -237,11 +274,12 @@ def line(row: Row) -> str:
     torchs = (
         f"{row.torch:7.1f} {row.speedup:8.2f}x" if row.torch is not None else f"{'-':>7} {'-':>9}"
     )
+    full = "" if row.of_full is None else f"{row.of_full:8.0%}"
     memory = "" if row.bandwidth is None else f"  {row.bandwidth:5.1f} GB/s  {row.of_bandwidth:.0%}"
     return (
         f"{row.threads:<8} {row.dtype:<9} {row.head_dim:<4} {row.case:<10} {row.direction:<9} "
         f"{row.useful:7.1f} {row.touched:8.1f}  {torchs} {row.peak:8.1f} {row.of_peak:8.0%} "
-        f"{row.best_of_peak:6.0%}{memory}"
+        f"{row.best_of_peak:6.0%}{full}{memory}"
     )
 
 
@@ -278,7 +316,7 @@ def main() -> None:
     )
     print(
         "threads  dtype     D    case       direction  useful  touched    torch  speed-up "
-        "    peak  of peak   best"
+        "    peak  of peak   best of full"
     )
     rows: list[Row] = []
     for threads in args.threads:

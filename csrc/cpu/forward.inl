@@ -26,6 +26,7 @@
 // Memory: Q^T and O^T of a tile, V's columns and P of one key block; none grows with the sequence.
 #pragma once
 
+#include "few_rows.inl"
 #include "key_parts.h"
 #include "tile.inl"
 
@@ -47,6 +48,7 @@ class Forward {
 
  public:
   static void run(const ForwardParams& p, const Parallel& parallel) {
+    if (FewRows<Elem, V>::suits(p)) return FewRows<Elem, V>::run(p, parallel);
     const TileShape shape = Arch::forward_shape(std::max(p.head_dim, p.v_head_dim));
     const int64_t rows = QueryRows(p, shape.panel).count(), problems = p.batch * p.kv_heads;
     const int64_t panels = problems * divide_up(rows, shape.panel);

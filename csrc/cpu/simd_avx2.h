@@ -86,6 +86,22 @@ RA_INLINE Vec256 exp2(Vec256 x) {
   return {_mm256_and_ps(p.raw, _mm256_cmp_ps(x.raw, low, _CMP_NLT_UQ))};
 }
 
+RA_INLINE Vec256 sums_of_lanes(const Vec256 (&x)[8]) {
+  __m256 a[4], b[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 even = x[2 * i].raw, odd = x[2 * i + 1].raw;
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low = a[2 * i], high = a[2 * i + 1];
+    b[i] = _mm256_add_ps(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
+                        _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+}
+
 RA_INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row,
                                Vec256) {
   __m256 a[8], b[8];

@@ -11,6 +11,7 @@
 //   pin(x): keeps x in a register
 //   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
 //   tanh(x)
+//   sums_of_lanes(x): from kLanes vectors, the sum of each one's lanes
 //   transpose_block(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units
 #pragma once
 
@@ -137,6 +138,15 @@ RA_INLINE Vec<double> exp2(Vec<double> x) {
 RA_INLINE Vec<double> tanh(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kLanes; ++i) x.raw[i] = std::tanh(x.raw[i]);
   return x;
+}
+
+template <typename T>
+RA_INLINE Vec<T> sums_of_lanes(const Vec<T> (&x)[Vec<T>::kLanes]) {
+  Vec<T> sums = Vec<T>::zero();
+  for (int i = 0; i < Vec<T>::kLanes; ++i) {
+    for (int j = 0; j < Vec<T>::kLanes; ++j) sums.raw[i] += x[i].raw[j];
+  }
+  return sums;
 }
 
 template <typename T>
