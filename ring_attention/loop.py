@@ -68,6 +68,7 @@ class _Hop:
         self._messages: list[tuple[int, Message]] = []  # with their event, see the Note
         self._done: list[Lease] = []  # free once the hop is complete
         self._start_s = trace.now()
+        self._posting = trace.begin("post", phase, transport, step)
 
     def _add(self, flat: Tensor, transfer: Transfer, kind: Kind, sending: bool) -> None:
         event = 2 * transfer.hop + (0 if kind == "K/V" else 3)
@@ -95,22 +96,19 @@ class _Hop:
         return _Pair(*_split(lease.flat, like.k, like.v, rows), lease)
 
     def post(self) -> None:
-        messages = [message for _, message in sorted(self._messages, key=lambda pair: pair[0])]
-        self._pending = self._transport.post(messages)
-        self._emit("post", self._start_s)
+        self._posted = [message for _, message in sorted(self._messages, key=lambda pair: pair[0])]
+        self._pending = self._transport.post(self._posted)
+        self._posting.end(self._posted)
 
     def wait(self) -> None:
-        start_s = trace.now()
+        waiting = trace.begin("wait", self._phase, self._transport, self._step)
         self._pending.wait()
+        waiting.end(self._posted)
+        trace.emit(
+            "transfer", self._phase, self._transport, self._step, self._start_s, self._posted
+        )
         for lease in self._done:
             self._transport.pool.give_back(lease)
-        self._emit("wait", start_s)
-        self._emit("transfer", self._start_s)
-
-    def _emit(self, name: trace.Name, start_s: float) -> None:
-        if self._messages:
-            nbytes = sum(message.nbytes for _, message in self._messages)
-            trace.emit(name, self._phase, self._transport.rank, self._step, start_s, nbytes)
 
 
 def _pack(transport: Transport, pair: _Pair, transfer: Transfer) -> Lease:
@@ -197,9 +195,8 @@ def forward(
         blocks.exchange(hop, step)
         hop.post()
         if step.folds:
-            start_s = trace.now()
-            fold(step.folds, step.number == launches[0], step.number == launches[-1])
-            trace.emit("compute", "forward", transport.rank, step.number, start_s)
+            with trace.begin("compute", "forward", transport, step.number):
+                fold(step.folds, step.number == launches[0], step.number == launches[-1])
         hop.wait()
         blocks.release(step.release)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
@@ -285,7 +282,7 @@ def backward(
     gradients = _Gradients(transport, k, v, lse.dtype)
 
     def fold(origins: Sequence[int], step: int, keys: tuple[int, int] | None = None) -> None:
-        start_s = trace.now()
+        computing = trace.begin("compute", "backward", transport, step)
         intervals = [plan.intervals(origin) for origin in origins]
         if keys is not None:
             intervals = [(b.clamp(min=keys[0]), e.clamp(max=keys[1])) for b, e in intervals]
@@ -305,7 +302,7 @@ def backward(
             scale=scale,
             softcap=softcap,
         )
-        trace.emit("compute", "backward", transport.rank, step, start_s)
+        computing.end()
 
     own = transport.rank
     sees_own = any(own in step.folds for step in plan.steps)

@@ -84,6 +84,16 @@ class Transport(ABC):
         self.book = CallBook()
 
     @property
+    def ring(self) -> str:
+        """The group's name in traces: the same on all its ranks."""
+        return self.name
+
+    @property
+    def place(self) -> str:
+        """Which of a job's processes or virtual ranks this is, for traces."""
+        return f"rank{dist.get_rank()}" if dist.is_initialized() else f"rank{self.rank}"
+
+    @property
     @abstractmethod
     def store(self) -> Any:
         """The key-value store that all ranks of the group share (torch.distributed.Store)."""
