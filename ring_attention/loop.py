@@ -130,6 +130,7 @@ def backward(
         computing.end()
 
     own = transport.rank
+    split = plan.own_split(k.element_size(), lse.element_size())
     sees_own = any(own in step.folds for step in plan.steps)
     previous: Step | None = None
     for step, following in _steps(plan):
@@ -137,8 +138,8 @@ def backward(
         if previous is not None:
             gradients.exchange(messages, previous)
         messages.post(step.number, following)
-        if own in step.folds:
-            fold([own], step.number, keys=(0, plan.own_split))
+        if own in step.folds and split > 0:
+            fold([own], step.number, keys=(0, split))
         if others := [origin for origin in step.folds if origin != own]:
             fold(others, step.number)
         messages.wait(step.number, following)
@@ -149,8 +150,8 @@ def backward(
     gradients.exchange(messages, last)
     number, end = last.number + 1, plan.last_due + 1
     messages.post(number, end)
-    if sees_own:
-        fold([own], number, keys=(plan.own_split, k.shape[2]))
+    if sees_own and split < k.shape[2]:
+        fold([own], number, keys=(split, k.shape[2]))
     messages.wait(number, end)
     gradients.add_arrived(end, plan.held_rows)
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,7 +162,6 @@ class Plan:
         rank, world_size: whose plan, of how many.
         mask, q_layout, k_layout, generator, resident, ranks_per_node: what it was made from.
         steps: what to do; at least one.
-        own_split: rows of the own key block in front of the point where half its flops are done.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
 
@@ -174,10 +174,10 @@ class Plan:
     resident: int
     ranks_per_node: int
     steps: tuple[Step, ...] = field(repr=False, compare=False)
-    own_split: int = field(repr=False, compare=False)
     digest: int = field(repr=False)
     _reads: _planner.Reads = field(repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
         """What the own query rows see of a block that this rank folds.
@@ -203,6 +203,34 @@ class Plan:
         begin, end = both.expand(2, used, samples, rows)
         self._cache.put(origin, (begin, end))
         return begin, end
+
+    def own_split(self, kv_itemsize: int, grad_itemsize: int) -> int:
+        """How many rows of the own key block the backward folds first; the others come last.
+
+        The first part hides the first K/V hop, the last part the last gradient hop: they share the
+        block's flops as those hops share the bytes.
+
+        Args:
+            kv_itemsize, grad_itemsize: bytes per element of K/V and of dK/dV on their way.
+        """
+        first, last = self.steps[0], self.steps[-1]
+        kv = kv_itemsize * max(first.rows, sum(t.num_rows for t in first.recvs))
+        grad = grad_itemsize * max(last.grad_rows, sum(t.num_rows for t in last.grad_recvs))
+        if grad == 0:  # nothing to hide at the end
+            return self.k_layout.sizes[self.rank]
+        split = self._splits.get((kv, grad))
+        if split is None:
+            begin, end = self.intervals(self.rank)
+
+            def done(rows: int) -> int:  # pairs of the first rows, times the bytes of both hops
+                below = end.clamp(max=rows) - begin.clamp(max=rows)
+                return (kv + grad) * int(below.sum(dtype=torch.int64))
+
+            rows = self.k_layout.sizes[self.rank]
+            wanted = kv * done(rows) // (kv + grad)
+            split = bisect_left(range(rows), wanted, key=done)
+            self._splits[kv, grad] = split
+        return split
 
     @cached_property
     def handle(self) -> Tensor:
@@ -372,7 +400,6 @@ def plan(
         resident=resident,
         ranks_per_node=locals_,
         steps=tuple(_step(step) for step in reads.schedule(me, generator, resident, locals_)),
-        own_split=reads.own_split(me),
         digest=_digest(mask, q_layout, k_layout, generator, resident, locals_),
         _reads=reads,
     )

@@ -192,6 +192,10 @@ class ProcessGroupTransport(Transport):
     def post(self, messages: Sequence[Message]) -> Pending:
         if not messages:  # an empty batch raises
             return _Complete()
+        # Receives first. gloo sends once the peer has said that it receives, and says so in the
+        # stream that carries its own message: behind it, if that was posted first, and the two
+        # directions of a link would take turns.
+        messages = sorted(messages, key=lambda message: message.sending)
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
