@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from subprocess import PIPE
 from typing import Any
 
@@ -101,10 +101,12 @@ class Rank:
         self.post: Callable[..., Pending] = self.transport.post
 
     def link(self, nbytes: int) -> dict[str, float]:
-        """Bytes/s to the next rank while as many come from the one before."""
+        """Bytes/s to the next rank while as many come from the one before; after a pause."""
         out, into = (torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2))
         rates = []
-        for _ in range(4):
+        for _ in range(8):
+            dist.barrier()
+            time.sleep(0.05)
             dist.barrier()
             start_s = time.monotonic()
             works = [
@@ -155,7 +157,7 @@ class Rank:
                 end_s = time.monotonic()
                 if turn and send:
                     kept += events
-                hops = {e.step for e in events if e.name == "wait"}
+                hops = [e.step for e in events if e.name == "wait"]
                 taken.append(
                     {
                         "turn": turn,
@@ -164,6 +166,8 @@ class Rank:
                         "end_s": end_s,
                         "cpu_s": time.process_time() - cpu_s,
                         "bytes": sum(e.bytes for e in events if e.name == "post"),
+                        "posted_s": [e.end_s for e in events if e.name == "post"],
+                        "arrived_s": [e.end_s for e in events if e.name == "wait"],
                         "hiding": sum(
                             e.seconds for e in events if e.name == "compute" and e.step in hops
                         ),
@@ -225,7 +229,7 @@ class Ring:
         """Shapes the links; what they carry then, in bytes/s of payload."""
         self.links.shape(mbit)
         return min(
-            answer["bytes_s"] for answer in self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.3))
+            answer["bytes_s"] for answer in self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
         )
 
     def run(
@@ -288,9 +292,10 @@ class Measured:
     Attributes:
         alone_s, seconds: a call without and with its messages.
         waiting: share of the call, of the rank that waits most.
-        exposed: time that hops took, over that of the folds that hide them; 1 if they are hidden.
+        exposed: time that hops took from both ends having posted, over that of the folds that hide
+            them, of that rank; at most 1 if they are hidden.
         theft_s: CPU seconds more than without messages.
-        rate: FLOP/s of a rank's folds without messages.
+        rate: FLOP/s of a rank's folds without messages, the mean of both.
     """
 
     tokens: int
@@ -312,11 +317,14 @@ class Measured:
             seen["seconds", sending].append(seconds)
             if sending:
                 most = max(ranks, key=lambda r: r["wait"])
+                # A hop begins when both of its ends have posted.
+                begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
+                hops_s = sum(b - a for a, b in zip(begun, most["arrived_s"], strict=False))
                 seen["waiting"].append(most["wait"] / seconds)
-                seen["exposed"].append(1.0 + most["wait"] / most["hiding"])
+                seen["exposed"].append(hops_s / most["hiding"])
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
-                seen["rate"].append(flops / max(r["compute"] for r in ranks))
+                seen["rate"].append(flops / mean(r["compute"] for r in ranks))
         middle = {key: median(values) for key, values in seen.items()}
         return cls(
             tokens=tokens,

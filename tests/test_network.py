@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,11 +30,13 @@ def test_break_even_is_where_a_hop_takes_as_long_as_what_hides_it(dtype: str, ma
     )
 
 
-def turn(sending: bool, wait_s: float) -> tuple[dict[str, float], ...]:
+def turn(sending: bool, wait_s: float) -> tuple[dict[str, Any], ...]:
     """Two ranks of which the second waits; folds take two seconds, one of them hides the hop."""
     common = {"sending": sending, "start_s": 5.0, "compute": 2.0, "hiding": 1.0, "bytes": 100}
     return tuple(
-        common | {"wait": waited, "end_s": 7.0 + waited, "cpu_s": 2.5 if sending else 2.0}
+        common
+        | {"wait": waited, "end_s": 7.0 + waited, "cpu_s": 2.5 if sending else 2.0}
+        | {"posted_s": [5.0], "arrived_s": [6.0 + waited]}
         for waited in (0.0, wait_s)
     )
 
