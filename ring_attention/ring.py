@@ -84,6 +84,16 @@ class Transport(ABC):
         self.book = CallBook()
 
     @property
+    def ring(self) -> str:
+        """The group's name in traces: the same on all its ranks."""
+        return self.name
+
+    @property
+    def place(self) -> str:
+        """Which of a job's processes or virtual ranks this is, for traces."""
+        return f"rank{dist.get_rank()}" if dist.is_initialized() else f"rank{self.rank}"
+
+    @property
     @abstractmethod
     def store(self) -> Any:
         """The key-value store that all ranks of the group share (torch.distributed.Store)."""
@@ -182,6 +192,10 @@ class ProcessGroupTransport(Transport):
     def post(self, messages: Sequence[Message]) -> Pending:
         if not messages:  # an empty batch raises
             return _Complete()
+        # Receives first. gloo sends once the peer has said that it receives, and says so in the
+        # stream that carries its own message: behind it, if that was posted first, and the two
+        # directions of a link would take turns.
+        messages = sorted(messages, key=lambda message: message.sending)
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
