@@ -5,7 +5,7 @@ from . import trace
 from .feed_forward import BlockwiseFeedForward
 from .function import agree, attention
 from .gradients import sum_gradients
-from .layout import Contiguous, Layout, Striped, Zigzag
+from .layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from .loss import linear_cross_entropy, shift_labels
 from .mask import (
     Causal,
@@ -34,6 +34,7 @@ __all__ = [
     "Causal",
     "Chunks",
     "Contiguous",
+    "DocumentBalanced",
     "Documents",
     "FirstTokens",
     "Full",
