@@ -165,6 +165,7 @@ PYBIND11_MODULE(_planner, m) {
       .def_readonly("peer", &Transfer::peer)
       .def_readonly("origin", &Transfer::origin)
       .def_readonly("hop", &Transfer::hop)
+      .def_readonly("due", &Transfer::due)
       .def_readonly("ranges", &Transfer::rows);
   py::class_<Step>(m, "Step")
       .def_readonly("number", &Step::number)
@@ -190,7 +191,14 @@ PYBIND11_MODULE(_planner, m) {
       .def(py::init<std::vector<Segments>, Layout, Layout>(), py::arg("samples"),
            py::arg("q_layout"), py::arg("k_layout"))
       .def_property_readonly("samples", [](const Reads& self) { return self.samples().size(); })
-      .def("schedule", &schedule, py::arg("rank"), py::arg("generator"), Release())
+      .def(
+          "schedule",
+          [](const Reads& self, int64_t rank, const std::string& generator, int64_t resident,
+             int64_t ranks_per_node) {
+            return schedule(self, rank, generator, {resident, ranks_per_node});
+          },
+          py::arg("rank"), py::arg("generator"), py::arg("resident"), py::arg("ranks_per_node"),
+          Release())
       .def("own_split", &Reads::own_split, py::arg("rank"), Release())
       .def(
           "key_intervals",

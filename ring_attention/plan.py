@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _planner
 from .layout import Layout
-from .mask_algebra import Mask, refuse
+from .mask_algebra import Mask, at_least, refuse
 from .registry import register
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
@@ -39,12 +39,15 @@ class Transfer:
         origin: the rank that owns the rows.
         hop: its place in the order in which all ranks post: K/V of hop t, then gradients of
             hop t - 1, then K/V of hop t + 1.
+        due: the hop after which it is complete: its own (the next one, of gradients), or a later
+            one if a slow link has several folds to hide behind.
         ranges: which rows, as the planner keeps them; see Step for what they count from.
     """
 
     peer: int
     origin: int
     hop: int
+    due: int
     ranges: _planner.Ranges = field(repr=False, compare=False)
 
     @property
@@ -80,12 +83,13 @@ class Step:
         number: the hop at which it folds; ascending, with gaps where nothing is to be done.
         folds: origins whose blocks are folded; the own block is in the first step, if at all.
         sends: K/V posted before the folds; rows count from the block as this rank holds it.
-        recvs: K/V posted before the folds and complete after them, used from the next step on; rows
+        recvs: K/V posted before the folds, used in steps after the hop at which they are due; rows
             count from the origin's shard, and the block as held is those rows, concatenated.
-        grad_sends: in backward, contributions to dK/dV of the blocks folded in this step, posted
-            after the folds; peer == origin, only rows touched, counted from the block as held.
-        grad_recvs: contributions to the own shard's dK/dV that arrive in the same hop; rows count
-            from the own shard.
+        grad_sends: in backward, what has been summed of the dK/dV of blocks up to this step, posted
+            after it: to their owner, or to a rank that sums first; only rows touched, counted from
+            the block as held.
+        grad_recvs: contributions to the dK/dV of the own shard, or of a block whose gradients this
+            rank sums, posted at the same place; rows count from that block as held.
         release: received blocks that are dead after this step (never the own one).
         flops: visible query-key pairs of the folds, per head: 4 head_dim flops each in forward.
     """
@@ -112,7 +116,7 @@ class Step:
 
 def _step(step: _planner.Step) -> Step:
     def transfers(listed: list[_planner.Transfer]) -> tuple[Transfer, ...]:
-        return tuple(Transfer(t.peer, t.origin, t.hop, t.ranges) for t in listed)
+        return tuple(Transfer(t.peer, t.origin, t.hop, t.due, t.ranges) for t in listed)
 
     return Step(
         number=step.number,
@@ -155,7 +159,7 @@ class Plan:
 
     Attributes:
         rank, world_size: whose plan, of how many.
-        mask, q_layout, k_layout, generator: what it was made from.
+        mask, q_layout, k_layout, generator, resident, ranks_per_node: what it was made from.
         steps: what to do; at least one.
         own_split: rows of the own key block in front of the point where half its flops are done.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
@@ -167,6 +171,8 @@ class Plan:
     q_layout: Layout
     k_layout: Layout
     generator: str
+    resident: int
+    ranks_per_node: int
     steps: tuple[Step, ...] = field(repr=False, compare=False)
     own_split: int = field(repr=False, compare=False)
     digest: int = field(repr=False)
@@ -212,6 +218,19 @@ class Plan:
         own = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
         return {self.rank: own} | {t.origin: t.ranges for s in self.steps for t in s.recvs}
 
+    @cached_property
+    def held_rows(self) -> dict[int, int]:
+        """Rows of every block that this rank holds at some time, by origin."""
+        return {origin: ranges.rows for origin, ranges in self._held.items()}
+
+    @cached_property
+    def last_due(self) -> int:
+        """The hop after which nothing is under way any more."""
+        transfers = [
+            t for s in self.steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)
+        ]
+        return max([self.steps[-1].number, *(t.due for t in transfers)])
+
     @property
     def flops(self) -> tuple[int, ...]:
         """Visible query-key pairs per step and head."""
@@ -238,17 +257,52 @@ class Plan:
         layout = repr(self.q_layout)
         if self.k_layout != self.q_layout:
             layout += f" over {self.k_layout!r}"
+        how = self.generator
+        if self.ranks_per_node > 1:
+            how += f" in nodes of {self.ranks_per_node}"
+        if self.resident > 1:
+            how += f", {self.resident} resident"
         return (
-            f"Plan({self.mask!r} on {layout}, {self.generator}, rank {self.rank} of "
+            f"Plan({self.mask!r} on {layout}, {how}, rank {self.rank} of "
             f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "
             f"{sum(self.rows)} rows sent)"
         )
 
 
-def _digest(mask: Mask, q_layout: Layout, k_layout: Layout, generator: str) -> int:
-    parts = [mask.to_dict(), q_layout.to_dict(), k_layout.to_dict(), generator]
+def _digest(mask: Mask, q_layout: Layout, k_layout: Layout, *how: str | int) -> int:
+    parts = [mask.to_dict(), q_layout.to_dict(), k_layout.to_dict(), *how]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _schedule(
+    world_size: int, generator: str, resident: int, ranks_per_node: int | None
+) -> tuple[str, int]:
+    """The generator and the ranks per node that were asked for, once they fit together."""
+    if generator not in ("auto", *GENERATORS):
+        refuse(
+            "plan", f"a generator of {('auto', *GENERATORS)}", repr(generator), "pass one of them"
+        )
+    at_least("plan", "resident", resident, 1, "it counts travelling blocks")
+    if generator == "auto":
+        generator = "direct" if ranks_per_node is None else "double"
+    if generator != "double":
+        if ranks_per_node is not None:
+            remedy = 'leave it out, or pass generator="double"'
+            refuse("plan", f"no ranks_per_node with {generator}", ranks_per_node, remedy)
+        if generator != "direct" and resident > 1:
+            refuse(
+                "plan", f"resident == 1 with {generator}", resident, 'generator="direct" has more'
+            )
+        return generator, 1
+    if resident > 1:
+        refuse("plan", "resident == 1 with double", resident, 'generator="direct" has more')
+    fits = [n for n in range(2, world_size + 1) if world_size % n == 0]
+    if ranks_per_node not in fits:
+        remedy = 'pass generator="direct" for a ring without nodes'
+        refuse("plan", f"ranks_per_node of {fits} with double", ranks_per_node, remedy)
+    assert ranks_per_node is not None
+    return generator, ranks_per_node
 
 
 def plan(
@@ -260,6 +314,8 @@ def plan(
     rank: int | None = None,
     group: Any = None,
     generator: str = "auto",
+    resident: int = 1,
+    ranks_per_node: int | None = None,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -268,9 +324,14 @@ def plan(
         layout: of queries and keys; or q_layout and k_layout, if they differ (cross attention).
         rank, group: whose plan: a rank, or the group in which to look it up.
         generator: "direct" (own rows straight to every reader), "chain" (to the next rank, which
-            forwards what is still read) or "auto". Direct never sends more rows than chain, so auto
-            takes it; chain has two peers per rank whatever the world size, and crosses each link
-            between nodes once per step.
+            forwards what is still read), "double" (a ring of nodes around rings inside nodes) or
+            "auto": double with ranks_per_node, else direct, which never sends more rows than chain.
+            Chain has two peers per rank whatever the world size.
+        resident: travelling blocks that one step folds, in one launch, while as many arrive: 1 is a
+            ring's memory, world_size - 1 gathers everything at once. For direct.
+        ranks_per_node: how many consecutive ranks share a node with fast links, for double. A row
+            crosses to every other node that reads it once, hidden behind a ring inside the node;
+            gradients are summed inside a node before they cross.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -295,14 +356,10 @@ def plan(
     largest = max(k_layout.sizes)
     if largest >= 2**31:
         refuse("plan", "shards below 2**31 rows", largest, "use more ranks")
-    if generator not in ("auto", *GENERATORS):
-        refuse(
-            "plan", f"a generator of {('auto', *GENERATORS)}", repr(generator), "pass one of them"
-        )
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
-    generator = "direct" if generator == "auto" else generator
+    generator, locals_ = _schedule(q_layout.world_size, generator, resident, ranks_per_node)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
     return Plan(
@@ -312,8 +369,10 @@ def plan(
         q_layout=q_layout,
         k_layout=k_layout,
         generator=generator,
-        steps=tuple(_step(step) for step in reads.schedule(me, generator)),
+        resident=resident,
+        ranks_per_node=locals_,
+        steps=tuple(_step(step) for step in reads.schedule(me, generator, resident, locals_)),
         own_split=reads.own_split(me),
-        digest=_digest(mask, q_layout, k_layout, generator),
+        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_),
         _reads=reads,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ring_attention import attention, reference
 from ring_attention.layout import Layout
 from ring_attention.mask import Causal, Mask
+from ring_attention.plan import plan
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,13 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> Results:
 
 
 def run_rank(
-    group: Any, case: Case, q_layout: Layout, k_layout: Layout | None = None, generator: str = ""
+    group: Any,
+    case: Case,
+    q_layout: Layout,
+    k_layout: Layout | None = None,
+    schedule: dict[str, Any] | None = None,
 ) -> Results:
-    """One rank's shard of out, lse and gradients."""
+    """One rank's shard of out, lse and gradients; `schedule`: arguments of plan, none without."""
     k_layout = k_layout or q_layout
     made = case.tensors()
     shards = {
@@ -96,10 +101,8 @@ def run_rank(
     if "sinks" in made:
         shards["sinks"] = made["sinks"].requires_grad_()
     how: dict[str, Any] = {"mask": case.mask, "q_layout": q_layout, "k_layout": k_layout}
-    if generator:
-        from ring_attention.plan import plan
-
-        how = {"plan": plan(**how, group=group, generator=generator)}
+    if schedule is not None:
+        how = {"plan": plan(**how, group=group, **schedule)}
     out, lse = attention(
         shards["q"],
         shards["k"],

@@ -48,6 +48,7 @@ class Message:
     kind: str
     transfer: Transfer
     rows: Tensor  # global positions: those sent, or those that the receiver expects
+    sums: Tensor | None = None  # of gradients: how many pairs they are summed over
     matched: bool = False
 
     @property
@@ -70,7 +71,9 @@ class Wire:
             return
         other = others.popleft()
         assert other.place == message.place and other.transfer.origin == message.transfer.origin
+        assert other.transfer.due == message.transfer.due
         assert torch.equal(other.rows, message.rows)
+        message.sums = other.sums = message.sums if sending else other.sums
         other.matched = message.matched = True
         self.matches += 1
 
@@ -84,6 +87,14 @@ def take(block: Tensor, transfer: Transfer) -> Tensor:
     return taken
 
 
+def most_held(p: Plan) -> int:
+    """Blocks in memory at once: the own one, those that are read, and as many that arrive."""
+    travelling = (
+        4 if p.generator == "double" else 2
+    )  # one kept by the node in a round, and the next
+    return 1 + travelling * p.resident
+
+
 def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
     """Runs one plan as the ring's backward does, which sends all there is; yields when it waits.
 
@@ -92,55 +103,75 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
     queries = p.q_layout.positions(p.rank)
     keys = [p.k_layout.positions(r) for r in range(p.world_size)]
     held = {p.rank: keys[p.rank]}
-    gradients: dict[int, Tensor] = {}  # touched rows of the last folds, as positions
-    previous: Step | None = None
+    arriving: dict[int, Tensor] = {}
+    sums: dict[int, Tensor] = {}  # gradients as the number of pairs behind every row as held
+    positions = {p.rank: keys[p.rank]}  # of every block held so far
+    sums[p.rank] = torch.zeros(len(keys[p.rank]), dtype=torch.int64)
+    under_way: list[Message] = []
 
-    def hop(step: Step | None, previous: Step | None) -> list[Message]:
+    def post(step: Step | None, previous: Step | None) -> None:
         batch = []
         for t in step.sends if step else ():
             batch.append((True, Message("kv", t, take(held[t.origin], t))))
         for t in step.recvs if step else ():
-            batch.append((False, Message("kv", t, take(keys[t.origin], t))))
+            assert t.origin not in held and t.origin not in arriving
+            arriving[t.origin] = positions[t.origin] = take(keys[t.origin], t)
+            batch.append((False, Message("kv", t, arriving[t.origin])))
         for t in previous.grad_sends if previous else ():
-            assert t.peer == t.origin
-            batch.append((True, Message("grad", t, gradients.pop(t.origin))))
+            pairs = sums.pop(t.origin)
+            assert torch.equal(pairs.nonzero()[:, 0], t.index()), "not only the rows touched"
+            message = Message("grad", t, take(positions[t.origin], t), take(pairs, t))
+            batch.append((True, message))
         for t in previous.grad_recvs if previous else ():
-            assert t.origin == p.rank
-            batch.append((False, Message("grad", t, take(keys[t.origin], t))))
+            batch.append((False, Message("grad", t, take(positions[t.origin], t))))
         for sending, message in sorted(batch, key=lambda pair: pair[1].place):
             peer = message.transfer.peer
-            assert peer != p.rank
+            assert peer != p.rank and message.transfer.due >= message.place[0]
             wire.post(*((p.rank, peer) if sending else (peer, p.rank)), sending, message)
-        return [message for _, message in batch]
+            under_way.append(message)
 
-    for step in p.steps:
-        messages = hop(step, previous)
-        assert not gradients
+    def land(following: int) -> None:
+        for message in [m for m in under_way if m.transfer.due < following]:
+            under_way.remove(message)
+            t = message.transfer
+            if t in received and message.kind == "grad":
+                assert message.sums is not None
+                into = sums.setdefault(
+                    t.origin, torch.zeros(len(positions[t.origin]), dtype=torch.int64)
+                )
+                into[t.index()] += message.sums
+            elif t.origin in arriving:
+                held[t.origin] = arriving.pop(t.origin)
+
+    received = [t for s in p.steps for t in s.grad_recvs]
+    previous: Step | None = None
+    for n, step in enumerate(p.steps):
+        following = p.steps[n + 1].number if n + 1 < len(p.steps) else step.number + 1
+        post(step, previous)
+        assert len(held) + len(arriving) <= most_held(p)
         for origin in step.folds:
-            touched = fold(p, origin, queries, held[origin], folded)
-            if origin != p.rank:
-                gradients[origin] = held[origin][touched]
-        assert gradients.keys() == {t.origin for t in step.grad_sends}
-        for t in step.grad_sends:
-            assert torch.equal(take(held[t.origin], t), gradients[t.origin])
-        while not all(m.matched for m in messages):
+            pairs = fold(p, origin, queries, held[origin], folded)
+            sums[origin] = sums.get(origin, 0) + pairs
+        while not all(m.matched for m in under_way if m.transfer.due < following):
             yield
-        for t in step.recvs:
-            assert t.origin not in held
-            held[t.origin] = take(keys[t.origin], t)
+        land(following)
         for origin in step.release:
             assert origin != p.rank
             del held[origin]
-        assert len(held) <= 3  # the own block and two travelling ones
         previous = step
-    messages = hop(None, previous)
-    while not all(m.matched for m in messages):
+    post(None, previous)
+    while not all(m.matched for m in under_way):
         yield
-    assert list(held) == [p.rank]
+    land(p.last_due + 1)
+    assert list(held) == [p.rank] and not under_way and not arriving
+    assert list(sums) == [p.rank], "gradients that nobody sent home"
+    p_seen = sums[p.rank]
+    dense = p.mask.dense(p.q_layout.length, p.k_layout.length)
+    assert torch.equal(p_seen, dense[:, :, keys[p.rank]].sum((0, 1)))
 
 
 def fold(p: Plan, origin: int, queries: Tensor, block: Tensor, folded: Tensor) -> Tensor:
-    """Counts what the key intervals let every query see; returns which held rows were seen."""
+    """Counts what the key intervals let every query see; returns how many see each held row."""
     begin, end = p.intervals(origin)
     assert begin.dtype == end.dtype == torch.int32 and begin.shape == end.shape
     assert begin.shape[2] == len(queries) > 0 and begin.shape[1] in (1, folded.shape[0])
@@ -150,7 +181,7 @@ def fold(p: Plan, origin: int, queries: Tensor, block: Tensor, folded: Tensor) -
     assert bool(seen.any())
     seen = seen.expand(folded.shape[0], len(queries), len(block)).to(folded.dtype)
     folded[:, queries[:, None], block[None]] += seen
-    return seen.flatten(0, 1).any(0)
+    return seen.flatten(0, 1).sum(0, dtype=torch.int64)
 
 
 def run(plans: list[Plan]) -> Tensor:
@@ -175,14 +206,23 @@ def rows_seen(dense: Tensor, p: Plan, origin: int, readers: list[int]) -> int:
     return int(dense[:, queries][:, :, keys].flatten(0, 1).any(0).sum())
 
 
-def plans_of(mask: Mask, q: Layout, k: Layout, generator: str = "auto") -> list[Plan]:
-    ranks = range(q.world_size)
-    return [plan(mask, q_layout=q, k_layout=k, rank=r, generator=generator) for r in ranks]
+def plans_of(mask: Mask, q: Layout, k: Layout, **how: Any) -> list[Plan]:
+    return [plan(mask, q_layout=q, k_layout=k, rank=r, **how) for r in range(q.world_size)]
 
 
-def check(mask: Mask, q: Layout, k: Layout, generator: str) -> None:
+def schedules(generator: str, world: int) -> list[dict[str, Any]]:
+    """The ways to run a generator on so many ranks, as arguments of plan."""
+    if generator == "double":
+        nodes = [n for n in range(2, world + 1) if world % n == 0]
+        return [{"generator": generator, "ranks_per_node": n} for n in nodes]
+    if generator == "direct":
+        return [{"generator": generator, "resident": n} for n in {1, 2, 3, world}]
+    return [{"generator": generator}]
+
+
+def check(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
     """Everything there is to say about the plans of all ranks."""
-    plans = plans_of(mask, q, k, generator)
+    plans = plans_of(mask, q, k, **how)
     dense = mask.dense(q.length, k.length)
     assert torch.equal(run(plans), dense.to(torch.int32)), (mask, q, k)
     assert len({p.digest for p in plans}) == 1
@@ -191,7 +231,6 @@ def check(mask: Mask, q: Layout, k: Layout, generator: str) -> None:
         pairs = (dense[:1] if shared else dense)[:, q.positions(p.rank)]
         for step in p.steps:
             assert step.flops == sum(int(pairs[:, :, k.positions(o)].sum()) for o in step.folds)
-            check_minimal(dense, p, step)
         own = pairs[:, :, k.positions(p.rank)].sum((0, 1)).cumsum(0)
         total = int(own[-1]) if len(own) else 0
         half = [0, *(2 * own).tolist()]
@@ -200,17 +239,38 @@ def check(mask: Mask, q: Layout, k: Layout, generator: str) -> None:
         assert all(s.folds + s.sends + s.recvs + s.grad_sends + s.grad_recvs for s in p.steps[1:])
 
 
-def check_minimal(dense: Tensor, p: Plan, step: Step) -> None:
-    """No row travels that nobody down the line reads."""
-    for t in step.sends:
-        if p.generator == "direct":
-            readers = [t.peer]
-        else:
-            assert t.peer == (p.rank + 1) % p.world_size
-            readers = [
-                (t.peer + n) % p.world_size for n in range((t.origin - t.peer) % p.world_size)
-            ]
-        assert t.num_rows == sum(b - a for a, b in t.rows) == rows_seen(dense, p, t.origin, readers)
+def counted_rows(dense: Tensor, p: Plan) -> tuple[int, int]:
+    """How many rows of K/V and of gradients a rank has to send, by brute force."""
+    world, me, locals_ = p.world_size, p.rank, p.ranks_per_node
+
+    def seen(origin: int, *readers: int) -> int:
+        return rows_seen(dense, p, origin, list(readers))
+
+    others = [r for r in range(world) if r != me]
+    if p.generator == "double":
+        node = [r for r in range(world) if r // locals_ == me // locals_]
+        column = [r for r in range(world) if r % locals_ == me % locals_]
+        nodes = [[r for r in range(world) if r // locals_ == n] for n in range(world // locals_)]
+        away = [ranks for ranks in nodes if me not in ranks]
+        inside = sum(seen(o, r) for o in column for r in node if r != me)
+        home = sum(seen(o, me) for o in range(world) if o % locals_ != me % locals_)
+        crossing = sum(seen(me, *ranks) for ranks in away)
+        return inside + crossing, home + sum(seen(o, *node) for o in column if o != me)
+    home = sum(seen(o, me) for o in others)
+    if p.generator == "direct":
+        return sum(seen(me, r) for r in others), home
+    onwards = [[(me + 1 + n) % world for n in range((o - me - 1) % world)] for o in range(world)]
+    return sum(seen(o, *ranks) for o, ranks in enumerate(onwards) if ranks), home
+
+
+def check_counts(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
+    """Rows sent and pairs computed per rank are what the mask needs, and nothing more."""
+    dense = mask.dense(q.length, k.length)
+    distinct = dense[: len(mask.segments(q.length, k.length))]
+    for p in plans_of(mask, q, k, **how):
+        sent = sum(s.rows for s in p.steps), sum(s.grad_rows for s in p.steps)
+        assert sent == counted_rows(dense, p), p
+        assert sum(p.flops) == int(distinct[:, q.positions(p.rank)].sum())
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -219,32 +279,105 @@ def check_minimal(dense: Tensor, p: Plan, step: Step) -> None:
 def test_every_mask_on_every_layout(
     mask: Mask, make: Callable[[int, int], Layout], generator: str
 ) -> None:
-    for length, world in ((1, 1), (23, 2), (24, 3), (37, 4), (5, 8), (61, 7)):
-        check(mask, make(length, world), make(length, world), generator)
+    for length, world in ((1, 1), (23, 2), (24, 3), (37, 4), (5, 8), (61, 6)):
+        for how in schedules(generator, world)[:2]:
+            check(mask, make(length, world), make(length, world), **how)
+
+
+@st.composite
+def problems(draw: st.DrawFn, generator: str) -> tuple[Mask, Layout, Layout, dict[str, Any]]:
+    """A mask, layouts of queries and keys, and a way to run a generator."""
+    world = draw(st.integers(2 if generator == "double" else 1, 9))
+    q_len = draw(st.integers(0, 48))
+    k_len = draw(st.one_of(st.just(q_len), st.integers(0, 48)))
+    mask = draw(masks(q_len, k_len))
+    how = draw(st.sampled_from(schedules(generator, world)))
+    return mask, draw(layouts(q_len, world)), draw(layouts(k_len, world)), how
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_random_masks_and_layouts(generator: str, data: st.DataObject) -> None:
-    world = data.draw(st.integers(1, 8))
-    q_len = data.draw(st.integers(0, 48))
-    k_len = data.draw(st.one_of(st.just(q_len), st.integers(0, 48)))
-    mask = data.draw(masks(q_len, k_len))
-    check(mask, data.draw(layouts(q_len, world)), data.draw(layouts(k_len, world)), generator)
+    mask, q, k, how = data.draw(problems(generator))
+    check(mask, q, k, **how)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@settings(max_examples=150)
+@given(data=st.data())
+def test_rows_and_pairs_by_brute_force(generator: str, data: st.DataObject) -> None:
+    mask, q, k, how = data.draw(problems(generator))
+    check_counts(mask, q, k, **how)
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(9, 0)], ids=repr)
+def test_a_double_ring_crosses_once_for_all_ranks_of_a_node(mask: Mask) -> None:
+    """Every row to every other node that reads it, and its gradient back, once."""
+    layout, dense = Contiguous(96, 8), mask.dense(96, 96)
+    plans = plans_of(mask, layout, layout, ranks_per_node=4)
+    nodes = ([0, 1, 2, 3], [4, 5, 6, 7])
+    for kind in ("sends", "grad_sends"):
+        crossing = [
+            t.num_rows
+            for p in plans
+            for s in p.steps
+            for t in getattr(s, kind)
+            if t.peer // 4 != p.rank // 4
+        ]
+        needed = [rows_seen(dense, plans[0], origin, nodes[1 - origin // 4]) for origin in range(8)]
+        assert sum(crossing) == sum(needed)
+    if mask == Full():  # a plain ring crosses once for every rank
+        assert sum(needed) == 96
+        direct = plans_of(mask, layout, layout)
+        assert (
+            sum(
+                t.num_rows
+                for p in direct
+                for s in p.steps
+                for t in s.sends
+                if t.peer // 4 != p.rank // 4
+            )
+            == 4 * 96
+        )
+
+
+def test_what_crosses_has_a_ring_inside_the_node_to_hide_behind() -> None:
+    layout = Contiguous(96, 12)
+    for p in plans_of(Full(), layout, layout, ranks_per_node=4):
+        folded = {s.number for s in p.steps if s.folds}
+        assert folded == set(range(12))
+        for step in p.steps:
+            for t in (*step.sends, *step.recvs):
+                assert t.due - t.hop == (2 if t.peer // 4 != p.rank // 4 else 0)
+            for t in (*step.grad_sends, *step.grad_recvs):
+                assert t.due - t.hop == (3 if t.peer // 4 != p.rank // 4 else 1)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3, 7, 100])
+def test_resident_blocks_are_folded_together(resident: int) -> None:
+    """Fewer, larger launches: ceil(7 / resident) besides that of the own block."""
+    layout = Contiguous(80, 8)
+    for p in plans_of(Full(), layout, layout, resident=resident):
+        assert [len(s.folds) for s in p.steps] == [
+            1,
+            *[min(resident, 7 - n) for n in range(0, 7, resident)],
+        ]
+        assert sum(p.rows) == 70
+        assert (p.generator == "direct" and f"{resident} resident" in repr(p)) or resident == 1
 
 
 @pytest.mark.parametrize("mask", [Window(0, 0), Window(1, 1), Chunks(1)], ids=repr)
 def test_rows_that_see_nothing_around_one_that_does(mask: Mask) -> None:
     """Of rank 0's queries 0, 1, 2 only the middle one sees the block of rank 1, key 1."""
-    check(mask, Contiguous(7, 3), Contiguous(3, 3), "direct")
+    check(mask, Contiguous(7, 3), Contiguous(3, 3), generator="direct")
 
 
 def test_rows_that_see_earlier_keys_than_those_before() -> None:
     """Rank 1's queries 4 and 5 see rank 0's last chunk, the next ones its first three keys."""
     late = Window(0, None) & Documents([0, 6, 16], [0, 16, 16])
     early = FirstTokens(3) & Documents([0, 6, 16], [0, 0, 16])
-    check(late | early, Zigzag(16, 2), Zigzag(16, 2), "direct")
+    check(late | early, Zigzag(16, 2), Zigzag(16, 2), generator="direct")
 
 
 @settings(max_examples=150)
@@ -333,7 +466,8 @@ def test_direct_never_sends_more_than_chain(data: st.DataObject) -> None:
     world, length = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 40))
     mask, layout = data.draw(masks(length, length)), data.draw(layouts(length, world))
     direct, chain = (
-        sum(sum(p.rows) for p in plans_of(mask, layout, layout, g)) for g in ("direct", "chain")
+        sum(sum(p.rows) for p in plans_of(mask, layout, layout, generator=g))
+        for g in ("direct", "chain")
     )
     assert direct <= chain
     assert plan(mask, layout, rank=0).generator == "direct"
@@ -381,6 +515,8 @@ def test_digest_tells_plans_apart() -> None:
         plan(documents, Zigzag(9, 3), rank=0),
         plan(Causal() & Documents([0, 5, 9]), Zigzag(9, 3), rank=0),
         plan(documents, Zigzag(9, 3), rank=0, generator="chain"),
+        plan(documents, Zigzag(9, 3), rank=0, resident=2),
+        plan(documents, Zigzag(9, 3), rank=0, ranks_per_node=3),
         plan(documents, Contiguous(9, 3), rank=0),
         plan(documents, Striped(9, 3), rank=0),
         plan(documents, Striped(9, 3, 2), rank=0),
@@ -414,6 +550,27 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: plan(Causal(), Zigzag(8, 2)), "expected rank or group"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=2), r"expected a rank in \[0, 2\), got 2"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, generator="tree"), "generator of .*got 'tree'"),
+    (lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=0), "resident"),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=2, generator="chain"),
+        "expected resident == 1 with chain, got 2",
+    ),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=2, ranks_per_node=2),
+        "expected resident == 1 with double, got 2",
+    ),
+    (
+        lambda: plan(Causal(), Zigzag(8, 6), rank=0, ranks_per_node=4),
+        r"expected ranks_per_node of \[2, 3, 6\] with double, got 4",
+    ),
+    (
+        lambda: plan(Causal(), Zigzag(8, 6), rank=0, generator="double"),
+        r"expected ranks_per_node of \[2, 3, 6\] with double, got None",
+    ),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, generator="chain", ranks_per_node=2),
+        "expected no ranks_per_node with chain, got 2",
+    ),
     (
         lambda: plan(Full(), q_layout=Zigzag(8, 2), k_layout=Zigzag(8, 4), rank=0),
         r"layouts of one world size, got \(2, 4\)",
@@ -440,7 +597,7 @@ def test_planning_a_million_tokens_is_quick(
     cuts = sorted(random.Random(0).sample(range(1, length), 9999))
     mask, layout = Causal() & Documents([0, *cuts, length]), make(length, 64)
     start_s = time.process_time()
-    p = plan(mask, layout, rank=17, generator=generator)
+    p = plan(mask, layout, rank=17, **schedules(generator, 64)[-1])
     assert time.process_time() - start_s < 0.8
     assert sum(p.flops) > 0
 

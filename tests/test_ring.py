@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ring against the unsharded fp64 reference: every layout, mask and world size."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,8 +46,24 @@ MASKS: dict[str, Mask] = {
 LENGTH = 61  # odd, prime, not a multiple of anything
 
 
-def on_virtual_ranks(case: Case, world_size: int, layout: Layout, generator: str = ""):
-    return join(run_virtual(world_size, run_rank, case, layout, None, generator), layout)
+# Ways to run a call on P ranks, as arguments of plan.
+SCHEDULES: dict[str, dict[int, dict[str, Any]]] = {
+    "direct": {size: {"generator": "direct"} for size in (2, 3, 4, 6)},
+    "chain": {size: {"generator": "chain"} for size in (2, 3, 4, 6)},
+    "two resident": {size: {"resident": 2} for size in (3, 4, 6)},
+    "all resident": {size: {"resident": size} for size in (2, 4, 6)},
+    "one node": {size: {"ranks_per_node": size} for size in (2, 3)},
+    "nodes of two": {size: {"ranks_per_node": 2} for size in (4, 6, 8)},
+    "nodes of three": {size: {"ranks_per_node": 3} for size in (6, 9)},
+    "nodes of four": {size: {"ranks_per_node": 4} for size in (8, 12)},
+}
+CASES = [(name, size) for name, sizes in SCHEDULES.items() for size in sizes]
+
+
+def on_virtual_ranks(
+    case: Case, world_size: int, layout: Layout, schedule: dict[str, Any] | None = None
+):
+    return join(run_virtual(world_size, run_rank, case, layout, None, schedule), layout)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
@@ -56,12 +74,12 @@ def test_exact_on_virtual_ranks(mask: str, layout: str, world_size: int) -> None
     assert_exact(on_virtual_ranks(case, world_size, LAYOUTS[layout](LENGTH, world_size)), case)
 
 
-@pytest.mark.parametrize("generator", ["direct", "chain"])
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 6])
-def test_every_generator_is_exact(generator: str, mask: str, world_size: int) -> None:
-    case = Case(LENGTH, mask=MASKS[mask])
-    assert_exact(on_virtual_ranks(case, world_size, Zigzag(LENGTH, world_size), generator), case)
+@pytest.mark.parametrize("schedule,world_size", CASES)
+def test_every_schedule_is_exact(schedule: str, world_size: int, mask: str) -> None:
+    case = Case(LENGTH, mask=MASKS[mask], heads=4)
+    layout = Zigzag(LENGTH, world_size)
+    assert_exact(on_virtual_ranks(case, world_size, layout, SCHEDULES[schedule][world_size]), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,12 +155,14 @@ def test_exact_on_processes(pools, layout: str, mask: str, world_size: int) -> N
     assert_exact(join(pools(world_size).run(run_rank, case, made), made), case)
 
 
-@pytest.mark.parametrize("generator", ["direct", "chain"])
-def test_processes_and_virtual_ranks_agree_to_the_bit(pools, generator: str) -> None:
-    case = Case(LENGTH, heads=4, kv_heads=2, dtype=torch.bfloat16)
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
+@pytest.mark.parametrize("schedule", [name for name, size in CASES if size == 4])
+def test_processes_and_virtual_ranks_agree_to_the_bit(pools, schedule: str, mask: str) -> None:
+    case = Case(LENGTH, heads=4, kv_heads=2, dtype=torch.bfloat16, mask=MASKS[mask])
     layout = Zigzag(LENGTH, 4)
-    real = pools(4).run(run_rank, case, layout, None, generator)
-    virtual = run_virtual(4, run_rank, case, layout, None, generator)
+    real = pools(4).run(run_rank, case, layout, None, SCHEDULES[schedule][4])
+    virtual = run_virtual(4, run_rank, case, layout, None, SCHEDULES[schedule][4])
+    assert_exact(join(real, layout), case)
     for mine, theirs in zip(real, virtual, strict=True):
         for name in mine:
             assert torch.equal(mine[name], theirs[name]), name
@@ -204,7 +224,7 @@ def test_only_rows_somebody_reads_are_sent() -> None:
             )
             counts.append(rows * row_bytes)
         with trace.record() as events:
-            run_virtual(size, run_rank, case, layout, None, "direct")
+            run_virtual(size, run_rank, case, layout, None, {"generator": "direct"})
         for rank in range(size):
             posted = sum(
                 e.bytes
@@ -220,7 +240,7 @@ def test_only_rows_somebody_reads_are_sent() -> None:
     assert total_rows(Causal() & Documents((0, 16, 32, 48, 64))) == 0
 
 
-def peak_buffers(group, length_per_rank: int) -> int:
+def peak_buffers(group, length_per_rank: int, schedule: dict[str, Any] | None = None) -> int:
     """Most bytes a rank's ring had on loan at once."""
     from ring_attention import buffers
 
@@ -242,7 +262,7 @@ def peak_buffers(group, length_per_rank: int) -> int:
 
     group.pool.lease, group.pool.give_back = counting_lease, counting_give_back
     length = length_per_rank * group.size
-    run_rank(group, Case(length, mask=Full()), Contiguous(length, group.size))
+    run_rank(group, Case(length, mask=Full()), Contiguous(length, group.size), None, schedule)
     assert loan == 0, "a buffer was not given back"
     return peak
 
@@ -253,6 +273,29 @@ def test_memory_does_not_depend_on_ring_size() -> None:
     # K/V held, packed and arriving; gradients accumulating, two going (one waits), one arriving.
     assert len(set(peaks.values())) == 1, peaks
     assert peaks[8] <= 7 * block
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+def test_memory_grows_with_resident_blocks_alone(resident: int) -> None:
+    block = 64 * 2 * 2 * 16 * 4
+    schedule = {"resident": resident}
+    peaks = {size: max(run_virtual(size, peak_buffers, 64, schedule)) for size in (10, 13)}
+    assert len(set(peaks.values())) == 1, peaks
+    assert (resident - 1) * 6 * block < peaks[10] <= 7 * resident * block
+
+
+def test_memory_of_a_double_ring_does_not_depend_on_its_size() -> None:
+    block = 64 * 2 * 2 * 16 * 4
+    peaks = {
+        (nodes, locals_): max(
+            run_virtual(nodes * locals_, peak_buffers, 64, {"ranks_per_node": locals_})
+        )
+        for nodes, locals_ in ((4, 3), (5, 3), (4, 4), (5, 4))
+    }
+    # As a ring, and: the block kept in a round and the next one, packed for the other node, and the
+    # gradients summed for the node, those going back and those coming back.
+    assert max(peaks.values()) <= 11 * block, peaks
+    assert peaks[4, 3] == peaks[5, 3] and peaks[4, 4] == peaks[5, 4], peaks
 
 
 def test_a_virtual_rank_that_fails_wakes_the_others() -> None:

@@ -10,7 +10,16 @@
 // hop t - 1, K/V of hop t + 1 ..., where a rank that waits has posted everything up to some place
 // in that order and nothing after it. So the first message in that order that is still under way is
 // posted on both sides: ranks never wait for each other in a circle, and NCCL, which matches
-// messages between two ranks by order alone, matches the right ones.
+// messages between two ranks by order alone, matches the right ones. None of that depends on how
+// long a message may take: one that has to be there only some hops later has a later `due`.
+//
+// Note [double ring]. Ranks node * ranks_per_node + local. Round o of `world / ranks_per_node`
+// deals with the blocks of the node at distance o: rank `local` of this node receives the block of
+// rank `local` of that one, once for all ranks of its node, while the whole round before is folded;
+// the ranks of the node then read it from there, one after another. Their gradients are summed
+// where the block came in, and the sum alone crosses back, while the next round is folded. In all
+// rounds but the first the block that is here already is folded last, so that it hides the last
+// gradients of its round and the first block of the next one.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +33,7 @@ namespace ring_attention::plan {
 
 // See ring_attention/plan.py for the meaning of every field: these are its Transfer and Step.
 struct Transfer {
-  int64_t peer = 0, origin = 0, hop = 0;
+  int64_t peer = 0, origin = 0, hop = 0, due = 0;
   Ranges rows;
 };
 
@@ -40,15 +49,22 @@ struct Step {
   }
 };
 
+struct Options {
+  int64_t resident = 1;        // travelling blocks folded in one step
+  int64_t ranks_per_node = 1;  // of a double ring
+};
+
 struct Generator {
   const char* name;
-  std::vector<Step> (*hops)(const Reads&, int64_t rank);
+  std::vector<Step> (*hops)(const Reads&, int64_t rank, const Options&);
 };
 
 // The generators, by name.
 const std::vector<Generator>& generators();
 
-// The steps of `rank`; throws std::invalid_argument for an unknown generator.
-std::vector<Step> schedule(const Reads& reads, int64_t rank, const std::string& generator);
+// The steps of `rank`; throws std::invalid_argument for an unknown generator, or options that it
+// does not have.
+std::vector<Step> schedule(const Reads& reads, int64_t rank, const std::string& generator,
+                           const Options& options);
 
 }  // namespace ring_attention::plan
