@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ring_cases
 from ring_attention import trace
-from ring_attention.layout import Contiguous, Layout, Striped, Zigzag
+from ring_attention.layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ring_attention.mask import (
     Causal,
     Chunks,
@@ -30,6 +30,7 @@ LAYOUTS = {
     "contiguous": Contiguous,
     "zigzag": Zigzag,
     "striped": Striped,
+    "documents": lambda length, size: DocumentBalanced([0, 5, 6, 41, length], size),
     "striped5": lambda length, size: Striped(length, size, block=5),
 }
 MASKS: dict[str, Mask] = {
