@@ -501,7 +501,7 @@ Tensor delta_of(const char* op, const Tensor& out, const Tensor& dout, const Opt
   const Arg out_arg{out, "out"}, dout_arg{dout, "dout"};
   expect_bhsd(op, out_arg);
   expect_cpu(op, dout_arg);
-  cpu::DeltaParams params;
+  DeltaParams params;
   params.dtype = kernel_dtype(op, out_arg);
   params.batch = out.size(0);
   params.heads = out.size(1);

@@ -39,17 +39,7 @@ void combine(DType state, int64_t rows, int64_t v_head_dim, void* acc, void* m, 
 // (out, lse) from (acc, m, l), the last step of a forward.
 void finish(const ForwardParams& params, const Parallel& parallel);
 
-// delta = rowsum(out dout) - dlse, what the backward subtracts from dP.
-struct DeltaParams {
-  DType dtype = DType::kFloat32;  // of out and dout
-  int64_t batch = 0, heads = 0, q_len = 0, v_head_dim = 0;
-  const void* out = nullptr;  // [batch, heads, q_len, v_head_dim]
-  Strides out_stride;
-  const void* dout = nullptr;
-  Strides dout_stride;
-  const void* dlse = nullptr;  // [batch, heads, q_len], state dtype, contiguous; null = 0
-  void* delta = nullptr;       // [batch, heads, q_len], state dtype, contiguous
-};
+// See DeltaParams.
 void delta(const DeltaParams& params, const Parallel& parallel);
 
 }  // namespace ring_attention::cpu
