@@ -168,24 +168,34 @@ struct KeyCursor {
   }
 };
 
-// Zeros where no row of the tile sees a key: what lies there (NaN, perhaps) is multiplied by P = 0.
-// `rows_tile` holds rows of K or V from key `from` on. All threads of a block, between barriers.
-template <int kRows, int kKeys, int kDim>
-RA_DEVICE void clear_unseen(uint32_t rows_tile, const KeyRun& run, const QueryTile& tile,
-                            int from) {
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
+// Calls clear(key), with all lanes of a warp, for each key of a tile that no row sees: what lies
+// there (NaN, perhaps) would be multiplied by P = 0. `from` is the first key of the tile. All
+// threads of a block, between barriers.
+template <int kRows, int kKeys, typename Clear>
+RA_DEVICE void for_unseen_keys(const KeyRun& run, const QueryTile& tile, int from,
+                               const Clear& clear) {
   KeyInterval seen[kRows / 32];
 #pragma unroll
-  for (int i = 0; i < kRows / 32; ++i) seen[i] = run.of_query(tile.query(i * 32 + lane));
-  for (int key = warp; key < kKeys; key += warps) {
+  for (int i = 0; i < kRows / 32; ++i) {
+    seen[i] = run.of_query(tile.query(i * 32 + static_cast<int>(threadIdx.x) % 32));
+  }
+  for (int key = threadIdx.x / 32; key < kKeys; key += blockDim.x / 32) {
     bool any = false;
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) any |= seen[i].has(from + key);
-    if (__any_sync(kAllLanes, any)) continue;
-    for (int chunk = lane; chunk < TileLayout<kDim>::kChunks; chunk += 32) {
+    if (!__any_sync(kAllLanes, any)) clear(key);
+  }
+}
+
+// Zeros in their place in a tile of rows of K or V.
+template <int kRows, int kKeys, int kDim>
+RA_DEVICE void clear_unseen(uint32_t rows_tile, const KeyRun& run, const QueryTile& tile,
+                            int from) {
+  for_unseen_keys<kRows, kKeys>(run, tile, from, [&](int key) {
+    for (int chunk = threadIdx.x % 32; chunk < TileLayout<kDim>::kChunks; chunk += 32) {
       store_shared(rows_tile + TileLayout<kDim>::offset(key, chunk), make_uint4(0, 0, 0, 0));
     }
-  }
+  });
 }
 
 }  // namespace ring_attention::cuda

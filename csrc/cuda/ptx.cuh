@@ -60,6 +60,11 @@ RA_DEVICE uint4 load_shared_16(uint32_t from) {
                : "memory");
   return x;
 }
+RA_DEVICE float2 load_shared_8(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+  return x;
+}
 
 // ---- Global memory.
 

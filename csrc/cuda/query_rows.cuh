@@ -11,8 +11,8 @@
 
 namespace ring_attention::cuda {
 
-constexpr int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-constexpr int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
+__host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+__host__ __device__ constexpr int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
 
 // The grid of query tiles: one-dimensional, later tiles of a head first (causal rows are the
 // heavier the later they come).

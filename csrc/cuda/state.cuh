@@ -14,7 +14,7 @@ namespace ring_attention::cuda {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
-constexpr float kLn2Rest = -1.9046542e-9f;  // ln(2) - kLn2
+constexpr float kLn2Rest = -1.90465432e-9f;  // ln(2) - kLn2
 constexpr float kInfinity = __builtin_huge_valf();
 
 // From q.k to scores in log2 units: scaled, or c tanh(scale q.k / c). A score is rounded before a
