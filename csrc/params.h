@@ -80,6 +80,8 @@ struct BackwardParams : AttentionParams {
   const void* lse = nullptr;    // [batch, heads, q_len], state dtype, contiguous; includes the sink
   const void* delta = nullptr;  // [batch, heads, q_len], state dtype, contiguous
   void* dq = nullptr;  // [batch, heads, q_len, head_dim], state dtype, contiguous, accumulated into
+  // The same bits every time. Otherwise kernels may sum in any order, where that is faster.
+  bool deterministic = true;
 };
 
 // delta = rowsum(out dout) - dlse, what the backward subtracts from dP.

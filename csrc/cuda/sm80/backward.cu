@@ -15,9 +15,11 @@ cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const V
   const bool large = device.smem_optin_bytes >= kLargeSmemBytes;
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
     const auto visit = [&]<typename Elem>(Elem) {
-      constexpr auto kSmall = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, false);
-      constexpr auto kLarge = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, true);
-      return visitor(large ? kLarge : kSmall, [&](const BackwardCall& call, cudaStream_t stream) {
+      const bool atomic_dq = !p.deterministic && has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV);
+      const BackwardTiles tiles =
+          backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large, atomic_dq);
+      return visitor(tiles, [&](BackwardCall call, cudaStream_t stream) {
+        call.atomic_dq = atomic_dq;
         return launch_backward<Elem, Dims>(call, large, stream);
       });
     };

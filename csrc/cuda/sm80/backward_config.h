@@ -30,7 +30,8 @@ struct BackwardTiles {
 // As many warps as there is room for, so that what passes by is shared by many; and a stream as
 // wide as the registers allow: dK and dV of 16 keys take (head_dim + v_head_dim) / 2 of them, S and
 // dP take `stream`.
-constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bool large_smem) {
+constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bool large_smem,
+                                       bool atomic_dq) {
   const int both = dim + v_dim;
   if (element_bytes == 4) {
     if (both <= 192) return {4, 32};
@@ -39,7 +40,8 @@ constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bo
     return large_smem ? BackwardTiles{2, 16} : BackwardTiles{2, 8};
   }
   if (both <= 128) return {8, 64};
-  if (both <= 256) return {8, 32};
+  if (both <= 192) return {8, 32};
+  if (both <= 256) return atomic_dq && !large_smem ? BackwardTiles{4, 32} : BackwardTiles{8, 32};
   if (both <= 384) return large_smem ? BackwardTiles{8, 32} : BackwardTiles{4, 32};
   return large_smem ? BackwardTiles{8, 16} : BackwardTiles{4, 16};
 }
@@ -47,6 +49,22 @@ constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bo
 // Where the two accumulators of the keys kernel do not fit into registers, it is run once for each:
 // eight products instead of seven, but no spills.
 constexpr bool keys_in_two_passes(int dim, int v_dim) { return dim + v_dim > 320; }
+
+// Note [atomics]. On request, BackwardParams::deterministic, the keys kernel also sums dQ, by
+// atomics: five products, and sums whose order changes from run to run. Not for float32, whose
+// products are what costs, nor where dK and dV take two passes already: these stay deterministic.
+constexpr bool has_atomic_dq(int element_bytes, int dim, int v_dim) {
+  return element_bytes == 2 && !keys_in_two_passes(dim, v_dim);
+}
+
+constexpr bool same_tiles(int element_bytes, int dim, int v_dim) {
+  const auto same = [&](bool atomic_dq) {
+    const BackwardTiles large = backward_tiles(element_bytes, dim, v_dim, true, atomic_dq);
+    const BackwardTiles small = backward_tiles(element_bytes, dim, v_dim, false, atomic_dq);
+    return large.warps == small.warps && large.stream == small.stream;
+  };
+  return same(false) && (same(true) || !has_atomic_dq(element_bytes, dim, v_dim));
+}
 
 // What a row's P and dS are formed with. lse in log2 units, in two parts; +inf for a row that saw
 // nothing, so that its P is 0.
@@ -108,11 +126,12 @@ struct BackwardCall {
 };
 
 // Tiles and shared memory of one bucket.
-template <typename Elem, typename Dims, bool kLargeSmem>
+template <typename Elem, typename Dims, bool kLargeSmem, bool kAtomicDq = false>
 struct BackwardPlan {
   using Element = Elem;
   static constexpr int kDim = Dims::kQk, kVDim = Dims::kV;
-  static constexpr BackwardTiles kTiles = backward_tiles(sizeof(Elem), kDim, kVDim, kLargeSmem);
+  static constexpr BackwardTiles kTiles =
+      backward_tiles(sizeof(Elem), kDim, kVDim, kLargeSmem, kAtomicDq);
   static constexpr int kRows = kTiles.rows(), kThreads = kTiles.threads();
   static constexpr int kStream = kTiles.stream;
   static constexpr int kRowBytes = kDim * sizeof(Elem), kVRowBytes = kVDim * sizeof(Elem);
@@ -127,8 +146,11 @@ struct BackwardPlan {
   // The keys kernel: what the queries of each stage need besides.
   static constexpr int kStats = kDqBytes;
   static constexpr int kIntervals = kStats + 2 * kStream * static_cast<int>(sizeof(RowStats));
-  static constexpr int kKeysBytes =
+  // And dS^T [rows][stream], if dQ is summed; per row, whether it holds anything but zeros.
+  static constexpr int kScoreGradients =
       kIntervals + 2 * kStream * static_cast<int>(sizeof(KeyInterval));
+  static constexpr int kUsedKeys = kScoreGradients + (kAtomicDq ? kRows * kStream * 2 : 0);
+  static constexpr int kKeysBytes = kUsedKeys + (kAtomicDq ? kRows * 2 : 0);
   static_assert(kKeysBytes <= (kLargeSmem ? kLargeSmemBytes : kSmallSmemBytes));
 };
 

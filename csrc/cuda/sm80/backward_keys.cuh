@@ -136,10 +136,72 @@ RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, int fi
   }
 }
 
+// Leaves dS^T in shared memory, and which keys it is zero for.
+template <typename Elem, int kStream, int kTiles>
+RA_DEVICE void store_score_gradients(const float (&ds)[kTiles][4], int first_row, uint32_t to,
+                                     uint16_t* used) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + lane / 4 + 8 * h;
+    int any = 0;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const float low = ds[j][2 * h], high = ds[j][2 * h + 1];
+      store_shared(to + TileLayout<kStream>::offset(row, j) + lane % 4 * 4, Elem::pack(low, high));
+      any |= low != 0.0f || high != 0.0f;
+    }
+    any |= __shfl_xor_sync(kAllLanes, any, 1);
+    any |= __shfl_xor_sync(kAllLanes, any, 2);
+    if (lane % 4 == 0) used[row] = any ? 0xffff : 0;
+  }
+}
+
+// dQ += dS K over all keys of the block's tile, in pieces of 16 rows x 16 columns per warp. Garbage
+// in keys that none of these rows sees is sieved out: 0 NaN = NaN.
+template <typename Plan>
+RA_DEVICE void add_dq(const BackwardCall& call, const KeysTile& tile, int head, int first_query,
+                      uint32_t ds, uint32_t k, const uint16_t* used) {
+  using Elem = typename Plan::Element;
+  constexpr int kBands = Plan::kStream / 16, kPieces = kBands * (Plan::kDim / 16);
+  const int lane = threadIdx.x % 32;
+  const uint32_t rows_lane =
+      ds + TileLayout<Plan::kStream>::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const ColumnOperand<Plan::kDim> columns_of(k);
+#pragma unroll 1
+  for (int piece = threadIdx.x / 32; piece < kPieces; piece += Plan::kTiles.warps) {
+    const int band = piece % kBands * 16, column = piece / kBands * 16;
+    float sum[2][4] = {};
+#pragma unroll
+    for (int key = 0; key < Plan::kRows; key += 16) {
+      uint32_t rows[4], columns[4];
+      ldmatrix_x4_trans(rows, TileLayout<Plan::kStream>::advance(rows_lane, band / 8) +
+                                  key * TileLayout<Plan::kStream>::kRowBytes);
+      columns_of.load(columns, key, column);
+      const auto* pairs = reinterpret_cast<const uint32_t*>(used + key) + lane % 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) columns[i] &= pairs[i % 2 * 4];
+      Elem::mma(sum[0], rows, columns[0], columns[1]);
+      Elem::mma(sum[1], rows, columns[2], columns[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int query = first_query + band + lane / 4 + i / 2 % 2 * 8;
+      const int d = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (query >= call.q_len || d >= call.head_dim) continue;
+      const int64_t row = (tile.sample * call.heads + head) * call.q_len + query;
+      atomicAdd(call.dq + row * call.head_dim + d, sum[i / 4][i % 4] * call.scale);
+    }
+  }
+}
+
 template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
-__global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem>::kThreads)
+using KeysPlan = BackwardPlan<Elem, Dims, kLargeSmem, (kSums & kSumDq) != 0>;
+
+template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
+__global__ void __launch_bounds__(KeysPlan<Elem, Dims, kLargeSmem, kSums>::kThreads)
     backward_keys(const __grid_constant__ BackwardCall call) {
-  using Plan = BackwardPlan<Elem, Dims, kLargeSmem>;
+  using Plan = KeysPlan<Elem, Dims, kLargeSmem, kSums>;
   constexpr int kDim = Dims::kQk, kVDim = Dims::kV;
   extern __shared__ __align__(128) unsigned char memory[];
   const uint32_t base = shared_address(memory), k = base + Plan::kKeep, v = base + Plan::kVKeep;
@@ -159,6 +221,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem>::kThreads
 
   for (int stage = 0; more; stage ^= 1) {
     const bool masked = walk.masked();
+    const int head = walk.head, first_query = walk.tile * Plan::kStream;
     more = walk.next(call, tile);
     if (more) load_queries<Plan>(call, tile, walk, base, stage ^ 1);
     cp_async_commit();
@@ -179,6 +242,13 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem>::kThreads
         });
     if constexpr ((kSums & kSumDv) != 0) accumulate<Elem, kVDim, false>(dv, p, dout);
     if constexpr ((kSums & kSumDk) != 0) accumulate<Elem, kDim, false>(dk, ds, q);
+    if constexpr ((kSums & kSumDq) != 0) {
+      auto* used = reinterpret_cast<uint16_t*>(memory + Plan::kUsedKeys);
+      const uint32_t gradients = base + Plan::kScoreGradients;
+      store_score_gradients<Elem, Plan::kStream>(ds, first_row, gradients, used);
+      __syncthreads();
+      add_dq<Plan>(call, tile, head, first_query, gradients, k, used);
+    }
     __syncthreads();
   }
   write_keys<kSums>(call, tile, first_row, dk, dv);

@@ -10,7 +10,7 @@ namespace ring_attention::cuda::sm80 {
 
 template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
 cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
-  using Plan = BackwardPlan<Elem, Dims, kLargeSmem>;
+  using Plan = KeysPlan<Elem, Dims, kLargeSmem, kSums>;
   int64_t tiles = 0;
   for (int i = 0; i < call.blocks.count; ++i) {
     tiles += divide_up(call.blocks.block[i].k_len, Plan::kRows);
@@ -21,23 +21,43 @@ cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
                stream);
 }
 
+template <typename Elem, typename Dims, bool kLargeSmem>
+cudaError_t start_dq(const BackwardCall& call, cudaStream_t stream) {
+  using Plan = BackwardPlan<Elem, Dims, kLargeSmem>;
+  const int64_t tiles = divide_up(call.q_len, Plan::kRows);
+  return start(reinterpret_cast<const void*>(backward_dq<Elem, Dims, kLargeSmem>),
+               tiles * call.dq_parts * call.heads * call.batch, Plan::kThreads, Plan::kDqBytes,
+               call, stream);
+}
+
+template <typename Elem, typename Dims, bool kLargeSmem>
+cudaError_t start_backward(const BackwardCall& call, cudaStream_t stream) {
+  constexpr bool kTwoPasses = keys_in_two_passes(Dims::kQk, Dims::kV);
+  cudaError_t error = cudaSuccess;
+  if constexpr (has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV)) {
+    if (call.atomic_dq) {
+      error = start_keys<Elem, Dims, kLargeSmem, kSumDk | kSumDv | kSumDq>(call, stream);
+      return error == cudaSuccess ? add_keys_parts(call, stream) : error;
+    }
+  }
+  error = start_dq<Elem, Dims, kLargeSmem>(call, stream);
+  if (error == cudaSuccess) error = add_dq_parts(call, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (kTwoPasses) {
+    error = start_keys<Elem, Dims, kLargeSmem, kSumDk>(call, stream);
+    if (error == cudaSuccess) error = start_keys<Elem, Dims, kLargeSmem, kSumDv>(call, stream);
+  } else {
+    error = start_keys<Elem, Dims, kLargeSmem, kSumDk | kSumDv>(call, stream);
+  }
+  return error == cudaSuccess ? add_keys_parts(call, stream) : error;
+}
+
 template <typename Elem, typename Dims>
 cudaError_t launch_backward(const BackwardCall& call, bool large_smem, cudaStream_t stream) {
-  return visit_flag(large_smem, [&]<typename Large>(Large) {
-    using Plan = BackwardPlan<Elem, Dims, Large::value>;
-    const int64_t tiles = divide_up(call.q_len, Plan::kRows);
-    cudaError_t error = start(reinterpret_cast<const void*>(backward_dq<Elem, Dims, Large::value>),
-                              tiles * call.dq_parts * call.heads * call.batch, Plan::kThreads,
-                              Plan::kDqBytes, call, stream);
-    if (error == cudaSuccess) error = add_dq_parts(call, stream);
-    if (error != cudaSuccess) return error;
-    if constexpr (keys_in_two_passes(Dims::kQk, Dims::kV)) {
-      error = start_keys<Elem, Dims, Large::value, kSumDk>(call, stream);
-      if (error == cudaSuccess) error = start_keys<Elem, Dims, Large::value, kSumDv>(call, stream);
-    } else {
-      error = start_keys<Elem, Dims, Large::value, kSumDk | kSumDv>(call, stream);
-    }
-    return error == cudaSuccess ? add_keys_parts(call, stream) : error;
+  // Where the tiles are the same for both sizes of shared memory, there is one kernel.
+  constexpr bool kSame = same_tiles(sizeof(Elem), Dims::kQk, Dims::kV);
+  return visit_flag(large_smem && !kSame, [&]<typename Large>(Large) {
+    return start_backward < Elem, Dims, Large::value && !kSame > (call, stream);
   });
 }
 

@@ -16,7 +16,7 @@ namespace ring_attention::cuda::sm80 {
 
 // A row of floats lies in shared memory like one of twice as many 16-bit elements.
 template <typename Elem, int kDim>
-constexpr int kColumns = kDim * static_cast<int>(sizeof(Elem)) / 2;
+constexpr int kColumns = kDim* static_cast<int>(sizeof(Elem)) / 2;
 
 template <int kDim>
 RA_DEVICE float4 load_floats(uint32_t tile, int row, int chunk) {

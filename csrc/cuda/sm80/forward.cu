@@ -41,6 +41,27 @@ cudaError_t visit_kernel(const ForwardParams& p, const Device& device, const Vis
   });
 }
 
+// Whether rows of 16-bit elements lie on 16 bytes, as they are read.
+bool on_16_bytes(const void* data, const Strides& stride, int64_t batch, int64_t heads,
+                 int64_t rows) {
+  const auto whole = [](int64_t size, int64_t elements) { return size <= 1 || elements % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(batch, stride.batch) &&
+         whole(heads, stride.head) && whole(rows, stride.row);
+}
+
+bool aligned(const ForwardParams& p) {
+  bool result = reinterpret_cast<uintptr_t>(p.acc) % 8 == 0;  // read and written by pairs
+  if (p.dtype == DType::kFloat32) return result;
+  result = result && on_16_bytes(p.q, p.q_stride, p.batch, p.heads, p.q_len);
+  for (int64_t i = 0; i < p.num_blocks; ++i) {
+    const KVBlock& block = p.blocks[i];
+    if (block.k_len == 0) continue;
+    result = result && on_16_bytes(block.k, block.k_stride, p.batch, p.kv_heads, block.k_len) &&
+             on_16_bytes(block.v, block.v_stride, p.batch, p.kv_heads, block.k_len);
+  }
+  return result;
+}
+
 int64_t launches(const ForwardParams& p) {
   return std::max<int64_t>(divide_up(p.num_blocks, kMaxBlocks), 1);
 }
@@ -98,8 +119,7 @@ int64_t forward_workspace_bytes(const ForwardParams& p, const Device& device) {
 cudaError_t forward(const ForwardParams& p, void* workspace, const Device& device,
                     cudaStream_t stream) {
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
-  // Pairs of acc are read and written at once.
-  if (reinterpret_cast<uintptr_t>(p.acc) % 8 != 0) return cudaErrorMisalignedAddress;
+  if (!aligned(p)) return cudaErrorMisalignedAddress;
   return visit_kernel(p, device, [&](int rows, int keys, const auto& launch) {
     const int64_t n = launches(p);
     for (int64_t i = 0; i < n; ++i) {

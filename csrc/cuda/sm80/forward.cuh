@@ -47,11 +47,8 @@ class Forward {
   RA_DEVICE void load_query() const {
     const ForwardParams& p = call_.params;
     const auto* q = static_cast<const char*>(p.q);
-    const bool aligned = on_16_bytes(
-        q, (p.q_stride.batch | p.q_stride.head | p.q_stride.row) * int64_t{sizeof(Elem)});
     TileCopy<kQk, Tile::kThreads>::template run<Tile::kRows>(
-        shared_address(smem_.q), static_cast<int>(p.head_dim), aligned,
-        [&](int row) -> const char* {
+        shared_address(smem_.q), static_cast<int>(p.head_dim), [&](int row) -> const char* {
           if (!tile_.real(row)) return nullptr;
           return q + tile_.offset(row, p.q_stride) * int64_t{sizeof(Elem)};
         });
