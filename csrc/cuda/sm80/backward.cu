@@ -43,6 +43,31 @@ Strides in_bytes(const Strides& stride, int64_t element_bytes) {
   return {stride.batch * element_bytes, stride.head * element_bytes, stride.row * element_bytes};
 }
 
+// Whether the rows of a tensor lie on 16 bytes, as they are read. Strides in bytes.
+bool on_16_bytes(const void* data, const Strides& stride, int64_t batch, int64_t heads,
+                 int64_t rows) {
+  const auto whole = [](int64_t size, int64_t bytes) { return size <= 1 || bytes % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(batch, stride.batch) &&
+         whole(heads, stride.head) && whole(rows, stride.row);
+}
+
+// Gradients are read and written by pairs.
+bool on_8_bytes(const void* gradient) { return reinterpret_cast<uintptr_t>(gradient) % 8 == 0; }
+
+bool aligned(const BackwardCall& call) {
+  bool result = on_16_bytes(call.q, call.q_stride, call.batch, call.heads, call.q_len) &&
+                on_16_bytes(call.dout, call.dout_stride, call.batch, call.heads, call.q_len) &&
+                on_8_bytes(call.dq);
+  for (int i = 0; i < call.blocks.count; ++i) {
+    const KVBlock& b = call.blocks.block[i];
+    if (b.k_len == 0) continue;
+    result = result && on_16_bytes(b.k, b.k_stride, call.batch, call.kv_heads, b.k_len) &&
+             on_16_bytes(b.v, b.v_stride, call.batch, call.kv_heads, b.k_len) && on_8_bytes(b.dk) &&
+             on_8_bytes(b.dv);
+  }
+  return result;
+}
+
 int64_t key_count(const KVBlocks& blocks) {
   int64_t keys = 0;
   for (int i = 0; i < blocks.count; ++i) keys += blocks.block[i].k_len;
@@ -208,6 +233,7 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
   return sm80::visit_kernels(p, device, [&](const sm80::BackwardTiles& tiles, const auto& launch) {
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
       const sm80::Launch one(p, i, tiles, workspace);
+      if (!sm80::aligned(one.call)) return cudaErrorMisalignedAddress;
       cudaError_t error = one.describe_rows(stream);
       if (error == cudaSuccess) error = launch(one.call, stream);
       if (error != cudaSuccess) return error;

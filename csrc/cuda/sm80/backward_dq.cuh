@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem>::kThreads
         [&](int j, int e, int h) {
           return interval[h].begin <= key + 8 * j + e && key + 8 * j + e < interval[h].end;
         });
-    if (masked) {
+    if (masked || std::is_same_v<Elem, Float32>) {
       accumulate<Elem, kDim, true>(dq, ds, k);
     } else {
       accumulate<Elem, kDim, false>(dq, ds, k);

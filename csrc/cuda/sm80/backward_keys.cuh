@@ -76,8 +76,8 @@ struct QueryWalk {
       if (mine < tiles && mine % call.row_parts == keys.row_part) {
         range = call.ranges_of(run(call, keys), keys.sample)[mine];
       }
-      found = __ballot_sync(~0u, range.touches(keys.key, end));
-      full = __ballot_sync(~0u, range.covers(keys.key, end));
+      found = __ballot_sync(kAllLanes, range.touches(keys.key, end));
+      full = __ballot_sync(kAllLanes, range.covers(keys.key, end));
     }
     tile = base + __popc(~found & (found - 1));  // the lowest bit set
     return true;

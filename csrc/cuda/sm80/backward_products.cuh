@@ -16,7 +16,7 @@ namespace ring_attention::cuda::sm80 {
 
 // A row of floats lies in shared memory like one of twice as many 16-bit elements.
 template <typename Elem, int kDim>
-constexpr int kColumns = kDim* static_cast<int>(sizeof(Elem)) / 2;
+constexpr int kColumns = kDim * static_cast<int>(sizeof(Elem)) / 2;
 
 template <int kDim>
 RA_DEVICE float4 load_floats(uint32_t tile, int row, int chunk) {
@@ -38,7 +38,7 @@ RA_DEVICE void multiply(float (&sum)[kTiles][4], uint32_t a_tile, int first_row,
   for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
   if constexpr (std::is_same_v<Elem, Float32>) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int c = 0; c < kDim / 4; ++c) {
       const float4 a0 = load_floats<kDim>(a_tile, first_row + g, c);
       const float4 a1 = load_floats<kDim>(a_tile, first_row + g + 8, c);
@@ -83,9 +83,9 @@ RA_DEVICE uint32_t columns_in_use(const float (&weights)[kTiles][4]) {
       if (weights[j][e] != 0.0f || weights[j][e + 2] != 0.0f) used |= 1u << (2 * j + e);
     }
   }
-  used |= __shfl_xor_sync(~0u, used, 4);
-  used |= __shfl_xor_sync(~0u, used, 8);
-  used |= __shfl_xor_sync(~0u, used, 16);
+  used |= __shfl_xor_sync(kAllLanes, used, 4);
+  used |= __shfl_xor_sync(kAllLanes, used, 8);
+  used |= __shfl_xor_sync(kAllLanes, used, 16);
   return used;
 }
 
@@ -103,18 +103,24 @@ RA_DEVICE void accumulate(float (&sum)[kDim / 8][4], const float (&weights)[kTil
   [[maybe_unused]] const uint32_t used = kSieve ? columns_in_use(weights) : 0;
   if constexpr (std::is_same_v<Elem, Float32>) {
 #pragma unroll
-    for (int k = 0; k < 8 * kTiles; ++k) {
-      // The lane of the same rows that has column k.
-      const int owner = (lane & ~3) | (k % 8 / 2);
-      const float w0 = __shfl_sync(~0u, weights[k / 8][k % 2], owner);
-      const float w1 = __shfl_sync(~0u, weights[k / 8][k % 2 + 2], owner);
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll 1
+      for (int t = 0; t < 4; ++t) {
+        // The lane of the same rows that has these two columns.
+        const int owner = (lane & ~3) | t;
+        const uint32_t bits = kSieve ? __shfl_sync(kAllLanes, used, owner) >> (2 * j) : 3;
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        float2 b = load_pair<kDim>(b_tile, k, 8 * d + lane % 4 * 2);
-        sum[d][0] = fmaf(w0, kSieve && w0 == 0.0f ? 0.0f : b.x, sum[d][0]);
-        sum[d][1] = fmaf(w0, kSieve && w0 == 0.0f ? 0.0f : b.y, sum[d][1]);
-        sum[d][2] = fmaf(w1, kSieve && w1 == 0.0f ? 0.0f : b.x, sum[d][2]);
-        sum[d][3] = fmaf(w1, kSieve && w1 == 0.0f ? 0.0f : b.y, sum[d][3]);
+        for (int e = 0; e < 2; ++e) {
+          if ((bits >> e & 1) == 0) continue;
+          const float w0 = __shfl_sync(kAllLanes, weights[j][e], owner);
+          const float w1 = __shfl_sync(kAllLanes, weights[j][e + 2], owner);
+#pragma unroll
+          for (int d = 0; d < kDim / 8; ++d) {
+            const float2 b = load_pair<kDim>(b_tile, 8 * j + 2 * t + e, 8 * d + lane % 4 * 2);
+            sum[d][0] = fmaf(w0, b.x, sum[d][0]), sum[d][1] = fmaf(w0, b.y, sum[d][1]);
+            sum[d][2] = fmaf(w1, b.x, sum[d][2]), sum[d][3] = fmaf(w1, b.y, sum[d][3]);
+          }
+        }
       }
     }
   } else {

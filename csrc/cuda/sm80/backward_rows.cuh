@@ -62,9 +62,10 @@ __global__ void __launch_bounds__(kRowThreads)
     call.intervals[first + i] = seen;
   }
   for (int step = 16; step > 0; step /= 2) {
-    range.add({__shfl_xor_sync(~0u, range.begin, step), __shfl_xor_sync(~0u, range.end, step),
-               __shfl_xor_sync(~0u, range.full_begin, step),
-               __shfl_xor_sync(~0u, range.full_end, step)});
+    range.add({__shfl_xor_sync(kAllLanes, range.begin, step),
+               __shfl_xor_sync(kAllLanes, range.end, step),
+               __shfl_xor_sync(kAllLanes, range.full_begin, step),
+               __shfl_xor_sync(kAllLanes, range.full_end, step)});
   }
   if (lane == 0) call.ranges[index] = range;
 }
