@@ -118,7 +118,7 @@ def _pack(transport: Transport, pair: _Pair, transfer: Transfer) -> Lease:
     lease = transport.pool.lease(pair.numel(count), pair.k)
     k, v = _split(lease.flat, pair.k, pair.v, count)
     if transfer.num_ranges > _FEW_RANGES:
-        rows = transfer.index().to(pair.k.device)
+        rows = transfer.index(pair.k.device)
         torch.index_select(pair.k, 2, rows, out=k)
         torch.index_select(pair.v, 2, rows, out=v)
         return lease
@@ -172,7 +172,7 @@ def forward(
     acc, m, l = ops.empty_state(q, v) if len(launches) > 1 else (None, None, None)  # noqa: E741
 
     def fold(origins: Sequence[int], first: bool, last: bool) -> None:
-        intervals = [plan.intervals(origin) for origin in origins]
+        intervals = [plan.intervals(origin, q.device) for origin in origins]
         ops.block_forward_(
             q,
             [blocks[origin].k for origin in origins],
@@ -242,7 +242,7 @@ class _Gradients:
         """Adds what a hop brought to the own rows: in the order of hops, always."""
         for transfer, pair in self._in:
             if transfer.num_ranges > _FEW_RANGES:
-                rows = transfer.index().to(pair.k.device)
+                rows = transfer.index(pair.k.device)
                 self.own.k.index_add_(2, rows, pair.k)
                 self.own.v.index_add_(2, rows, pair.v)
             else:
@@ -286,9 +286,7 @@ def backward(
 
     def fold(origins: Sequence[int], step: int, keys: tuple[int, int] | None = None) -> None:
         start_s = trace.now()
-        intervals = [plan.intervals(origin) for origin in origins]
-        if keys is not None:
-            intervals = [(b.clamp(min=keys[0]), e.clamp(max=keys[1])) for b, e in intervals]
+        intervals = [plan.intervals(origin, q.device, keys) for origin in origins]
         into = [gradients.of(origin, blocks[origin]) for origin in origins]
         ops.block_backward_(
             q,
