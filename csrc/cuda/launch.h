@@ -28,6 +28,8 @@ int64_t forward_workspace_bytes(const ForwardParams& params, const Device& devic
 int64_t backward_workspace_bytes(const BackwardParams& params, const Device& device);
 
 // Notes [state] and [intervals] of params.h hold to the letter. float64 is cudaErrorNotSupported.
+// Rows of 16-bit q, k, v and dout lie on 16 bytes (address and outer strides), acc and gradients on
+// 8, else it is cudaErrorMisalignedAddress; out may have rows anywhere.
 cudaError_t forward(const ForwardParams& params, void* workspace, const Device& device,
                     cudaStream_t stream);
 cudaError_t backward(const BackwardParams& params, void* workspace, const Device& device,

@@ -83,23 +83,7 @@ struct ColumnOperand {
   }
 };
 
-// ---- Copies.
-
-// One chunk read by elements, for a source that is not on 16 bytes. It has arrived when this
-// returns; the barriers that make cp.async visible make it so.
-RA_DEVICE void copy_elements(uint32_t to, const char* from) {
-  const auto* elements = reinterpret_cast<const uint16_t*>(from);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = elements[2 * i] | static_cast<uint32_t>(elements[2 * i + 1]) << 16;
-  }
-  store_shared(to, make_uint4(words[0], words[1], words[2], words[3]));
-}
-
-RA_DEVICE bool on_16_bytes(const void* data, int64_t stride_bytes) {
-  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;
-}
+// ---- Copies, of rows that lie on 16 bytes: launchers see to that.
 
 // How the threads of a block share the copy of a tile: 128 or 64 neighbouring bytes of a row are
 // copied together, and a thread's rows are a multiple of eight apart, so that its swizzle is one
@@ -114,36 +98,19 @@ struct TileCopy {
   static RA_DEVICE int chunk() { return threadIdx.x % Layout::kGroup; }
 
   // Rows [0, kRows) from source(row), null for a row of zeros; the source is asked once per row
-  // and thread. dim: columns there are, the others become zeros. aligned: all rows lie on 16 bytes;
-  // then the copy is a part of the cp.async group in hand. Else it is slower, and done.
+  // and thread. dim: columns there are, the others become zeros. A part of the cp.async group in
+  // hand.
   template <int kRows, typename Source>
-  static RA_DEVICE void run(uint32_t tile, int dim, bool aligned, const Source& source) {
+  static RA_DEVICE void run(uint32_t tile, int dim, const Source& source) {
     const uint32_t to = tile + Layout::offset(row(), chunk());
-    if (aligned) {
 #pragma unroll
-      for (int r = 0; r < kRows; r += kStep) {
-        if (kRows % kStep != 0 && r + row() >= kRows) break;
-        const char* from = source(r + row());
-#pragma unroll
-        for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
-          const bool there = from != nullptr && (c + chunk()) * 8 < dim;
-          cp_async_16(to + r * Layout::kRowBytes + c * 16, from + (c + chunk()) * 16,
-                      there ? 16 : 0);
-        }
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int r = 0; r + row() < kRows; r += kStep) {
+    for (int r = 0; r < kRows; r += kStep) {
+      if (kRows % kStep != 0 && r + row() >= kRows) break;
       const char* from = source(r + row());
-#pragma unroll 1
+#pragma unroll
       for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
-        const uint32_t at = to + r * Layout::kRowBytes + c * 16;
-        if (from != nullptr && (c + chunk()) * 8 < dim) {
-          copy_elements(at, from + (c + chunk()) * 16);
-        } else {
-          store_shared(at, make_uint4(0, 0, 0, 0));
-        }
+        const bool there = from != nullptr && (c + chunk()) * 8 < dim;
+        cp_async_16(to + r * Layout::kRowBytes + c * 16, from + (c + chunk()) * 16, there ? 16 : 0);
       }
     }
   }
@@ -153,7 +120,7 @@ struct TileCopy {
   template <int kRows>
   static RA_DEVICE void rows(uint32_t tile, const char* data, int64_t stride, int from, int begin,
                              int end, int dim) {
-    run<kRows>(tile, dim, on_16_bytes(data, stride), [&](int r) -> const char* {
+    run<kRows>(tile, dim, [&](int r) -> const char* {
       const int i = from + r;
       return begin <= i && i < end ? data + i * stride : nullptr;
     });
