@@ -130,7 +130,8 @@ struct Launch {
     const int64_t rows = call.batch * call.padded, runs = call.first_run[call.blocks.count];
     place(call.stats, rows * call.heads, workspace);
     place(call.intervals, rows * runs, workspace);
-    place(call.ranges, rows / call.stream * runs, workspace);
+    place(call.ranges, call.batch * runs * call.tiles(), workspace);
+    place(call.groups, call.batch * runs * call.tile_groups(), workspace);
     const int64_t keys_parts = call.head_parts * call.row_parts;
     const int64_t keys = key_count(call.blocks) * call.batch * call.kv_heads;
     const int64_t dq = call.batch * call.heads * call.q_len * call.head_dim;
@@ -142,13 +143,11 @@ struct Launch {
 
   cudaError_t describe_rows(cudaStream_t stream) const {
     const int64_t rows = call.batch * call.heads * call.padded;
-    const int64_t tiles =
-        call.batch * call.first_run[call.blocks.count] * (call.padded / call.stream);
     const cudaError_t error = start(reinterpret_cast<const void*>(row_stats),
                                     divide_up(rows, kRowThreads), kRowThreads, 0, call, stream);
     if (error != cudaSuccess) return error;
-    return start(reinterpret_cast<const void*>(key_ranges), divide_up(tiles, kRowThreads / 32),
-                 kRowThreads, 0, call, stream);
+    const int64_t groups = call.first_run[call.blocks.count] * call.batch * call.tile_groups();
+    return start(reinterpret_cast<const void*>(key_ranges), groups, kGroupThreads, 0, call, stream);
   }
 
  private:

@@ -106,7 +106,8 @@ struct BackwardCall {
   // Written by the kernels of backward_rows.cu, read by the others.
   RowStats* stats;         // [batch, heads, padded]
   KeyInterval* intervals;  // [runs, batch, padded]
-  RowsRange* ranges;       // [runs, batch, padded / stream]
+  RowsRange* ranges;       // [runs, batch, tiles()], of `stream` rows each
+  RowsRange* groups;       // [runs, batch, tile_groups()], of 32 tiles each
 
   // Note [parts]. Where a grid would be too small, its sums are cut into parts, by shape, which a
   // kernel of its own adds up in order. A part of dQ takes every parts-th key tile; one of dK and
@@ -114,8 +115,14 @@ struct BackwardCall {
   int dq_parts, head_parts, row_parts;
   float* partial;  // [parts][the gradient]; null: one part, added to the gradient itself
 
+  __host__ __device__ int tiles() const { return padded / stream; }
+  __host__ __device__ int tile_groups() const { return (tiles() + 31) / 32; }
+
   RA_DEVICE const RowsRange* ranges_of(int run, int64_t sample) const {
-    return ranges + (run * batch + sample) * (padded / stream);
+    return ranges + (run * batch + sample) * tiles();
+  }
+  RA_DEVICE const RowsRange* groups_of(int run, int64_t sample) const {
+    return groups + (run * batch + sample) * tile_groups();
   }
   RA_DEVICE const KeyInterval* intervals_of(int run, int64_t sample) const {
     return intervals + (run * batch + sample) * padded;

@@ -51,35 +51,49 @@ struct KeysTile {
   }
 };
 
+// The place of the lowest bit set.
+RA_DEVICE int lowest(uint32_t bits) { return __popc(~bits & (bits - 1)); }
+
 // Walks over the (interval, tile of query rows, head) that see some of a tile's keys. A warp looks
-// at 32 tiles at a time; all warps find the same.
+// at 32 tiles at a time, and before that at 32 groups of 32: windows and documents are found among
+// many rows without reading about all. All warps find the same.
 template <int kKeys>
 struct QueryWalk {
-  int interval = -1, base = 0, tile = 0, head = 0;
+  int interval = -1, first_group = 0, base = 0, tile = 0, head = 0;
+  uint32_t groups = 0;           // of the 32 groups from `first_group`, those yet to be looked at
   uint32_t found = 0, full = 0;  // of the 32 tiles from `base`
 
+  // To the next one; false: there is none.
   RA_DEVICE bool next(const BackwardCall& call, const KeysTile& keys) {
     if (found != 0 && ++head < keys.head_end) return true;
     found &= found - 1;
     head = keys.head_begin;
-    const int tiles = call.padded / call.stream;
+    const int lane = threadIdx.x % 32;
     const int end = static_cast<int>(
         min(call.blocks.block[keys.block].k_len, static_cast<int64_t>(keys.key) + kKeys));
     while (found == 0) {
-      base += 32;
-      if (interval < 0 || base >= tiles) {
-        base = 0;
-        if (++interval >= call.blocks.block[keys.block].intervals) return false;
-      }
-      const int mine = base + threadIdx.x % 32;
       RowsRange range{INT_MAX, 0, INT_MAX, 0};
-      if (mine < tiles && mine % call.row_parts == keys.row_part) {
+      if (groups == 0) {
+        first_group += 32;
+        if (interval < 0 || first_group >= call.tile_groups()) {
+          first_group = 0;
+          if (++interval >= call.blocks.block[keys.block].intervals) return false;
+        }
+        const int mine = first_group + lane;
+        if (mine < call.tile_groups()) range = call.groups_of(run(call, keys), keys.sample)[mine];
+        groups = __ballot_sync(kAllLanes, range.touches(keys.key, end));
+        continue;
+      }
+      base = 32 * (first_group + lowest(groups));
+      groups &= groups - 1;
+      const int mine = base + lane;
+      if (mine < call.tiles() && mine % call.row_parts == keys.row_part) {
         range = call.ranges_of(run(call, keys), keys.sample)[mine];
       }
       found = __ballot_sync(kAllLanes, range.touches(keys.key, end));
       full = __ballot_sync(kAllLanes, range.covers(keys.key, end));
     }
-    tile = base + __popc(~found & (found - 1));  // the lowest bit set
+    tile = base + lowest(found);
     return true;
   }
   RA_DEVICE int run(const BackwardCall& call, const KeysTile& keys) const {

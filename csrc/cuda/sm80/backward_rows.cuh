@@ -9,6 +9,7 @@
 namespace ring_attention::cuda::sm80 {
 
 constexpr int kRowThreads = 256;
+constexpr int kGroupThreads = 32 * 32;
 
 // stats[batch, heads, padded]. lse is scaled to log2 units in double, for two floats hold it.
 __global__ void __launch_bounds__(kRowThreads)
@@ -30,44 +31,56 @@ __global__ void __launch_bounds__(kRowThreads)
   call.stats[index] = stats;
 }
 
-// intervals[runs, batch, padded] and ranges[runs, batch, padded / stream]; a warp per tile of
-// `stream` rows. Rows beyond the last one see nothing, and make no tile partial.
-__global__ void __launch_bounds__(kRowThreads)
-    key_ranges(const __grid_constant__ BackwardCall call) {
-  const int tiles = call.padded / call.stream, lane = threadIdx.x % 32;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  const int tile = static_cast<int>(index % tiles);
-  const int64_t sample = index / tiles % call.batch;
-  int interval = static_cast<int>(index / tiles / call.batch), block = 0;
-  while (block < call.blocks.count && interval >= call.blocks.block[block].intervals) {
-    interval -= static_cast<int>(call.blocks.block[block++].intervals);
+RA_DEVICE RowsRange united(RowsRange range) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    range.add({__shfl_xor_sync(kAllLanes, range.begin, lanes),
+               __shfl_xor_sync(kAllLanes, range.end, lanes),
+               __shfl_xor_sync(kAllLanes, range.full_begin, lanes),
+               __shfl_xor_sync(kAllLanes, range.full_end, lanes)});
   }
-  if (block == call.blocks.count) return;
+  return range;
+}
+
+// intervals[runs, batch, padded], ranges and groups: a warp per tile, a block of threads per group.
+// Rows beyond the last one see nothing, and make no tile partial.
+__global__ void __launch_bounds__(kGroupThreads)
+    key_ranges(const __grid_constant__ BackwardCall call) {
+  __shared__ RowsRange of_tiles[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tile = static_cast<int>(blockIdx.x % call.tile_groups()) * 32 + warp;
+  const int64_t rest = blockIdx.x / call.tile_groups(), sample = rest % call.batch;
+  const int run = static_cast<int>(rest / call.batch);
+  int block = 0;
+  while (run >= call.first_run[block + 1]) ++block;
   const KVBlock& b = call.blocks.block[block];
+  const int interval = run - call.first_run[block];
   const int32_t* begins =
       b.key_begin + sample * b.begin_stride.batch + interval * b.begin_stride.head;
   const int32_t* ends = b.key_end + sample * b.end_stride.batch + interval * b.end_stride.head;
-  const int64_t first = index * call.stream;
+  const int64_t at = (run * call.batch + sample) * call.tiles() + tile;
   RowsRange range{INT_MAX, 0, 0, INT_MAX};
-  for (int i = lane; i < call.stream; i += 32) {
-    const int64_t row = static_cast<int64_t>(tile) * call.stream + i;
-    KeyInterval seen{INT_MAX, 0};
-    if (row < call.q_len) {
-      const int begin = max(begins[row * b.begin_stride.row], 0);
-      const int end =
-          static_cast<int>(min(static_cast<int64_t>(ends[row * b.end_stride.row]), b.k_len));
-      if (begin < end) seen = {begin, end};
-      range.add({seen.begin, seen.end, seen.begin, seen.end});
+  if (tile < call.tiles()) {
+    for (int i = lane; i < call.stream; i += 32) {
+      const int64_t row = static_cast<int64_t>(tile) * call.stream + i;
+      KeyInterval seen{INT_MAX, 0};
+      if (row < call.q_len) {
+        const int begin = max(begins[row * b.begin_stride.row], 0);
+        const int end =
+            static_cast<int>(min(static_cast<int64_t>(ends[row * b.end_stride.row]), b.k_len));
+        if (begin < end) seen = {begin, end};
+        range.add({seen.begin, seen.end, seen.begin, seen.end});
+      }
+      call.intervals[at * call.stream + i] = seen;
     }
-    call.intervals[first + i] = seen;
+    range = united(range);
+    if (lane == 0) call.ranges[at] = range;
   }
-  for (int step = 16; step > 0; step /= 2) {
-    range.add({__shfl_xor_sync(kAllLanes, range.begin, step),
-               __shfl_xor_sync(kAllLanes, range.end, step),
-               __shfl_xor_sync(kAllLanes, range.full_begin, step),
-               __shfl_xor_sync(kAllLanes, range.full_end, step)});
-  }
-  if (lane == 0) call.ranges[index] = range;
+  if (lane == 0) of_tiles[warp] = range;
+  __syncthreads();
+  if (warp != 0) return;
+  range = united(of_tiles[lane]);
+  if (lane == 0) call.groups[blockIdx.x] = range;
 }
 
 // to[i] += partial[0][i] + partial[1][i] + ..., see Note [parts].
