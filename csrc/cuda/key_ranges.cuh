@@ -101,8 +101,11 @@ struct KeyRun {
 
   // Leaves the keys [from, to) of it.
   RA_DEVICE void clip(int64_t from, int64_t to) {
-    begin = static_cast<int>(max(static_cast<int64_t>(begin), from));
-    end = static_cast<int>(min(static_cast<int64_t>(end), max(to, static_cast<int64_t>(0))));
+    const auto key = [](int64_t x) {
+      return static_cast<int>(min(max(x, int64_t{0}), int64_t{INT_MAX}));
+    };
+    begin = max(begin, key(from));
+    end = min(end, key(to));
   }
 };
 

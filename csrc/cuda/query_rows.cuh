@@ -44,13 +44,12 @@ struct QueryTile {
   int batch, first_head, kv_head, packed, q_len;
   int first, rows;  // of the unit's rows: this tile begins at `first`, the unit ends at `rows`
 
-  RA_DEVICE QueryTile(const QueryGrid& grid, int64_t index, int tile_rows)
+  RA_DEVICE QueryTile(const QueryGrid& grid, int index, int tile_rows)
       : packed(grid.packed), q_len(grid.q_len), rows(grid.rows) {
-    const int tile = grid.tiles - 1 - static_cast<int>(index % grid.tiles);
-    const int64_t unit = index / grid.tiles;
-    const int units = grid.heads / grid.packed;
-    batch = static_cast<int>(unit / units);
-    first_head = static_cast<int>(unit % units) * grid.packed;
+    const int unit = index / grid.tiles, units = grid.heads / grid.packed;
+    const int tile = grid.tiles - 1 - index % grid.tiles;
+    batch = unit / units;
+    first_head = unit % units * grid.packed;
     kv_head = first_head / (grid.heads / grid.kv_heads);
     first = tile * tile_rows;
   }

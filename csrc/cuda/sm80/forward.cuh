@@ -104,7 +104,7 @@ class Forward {
     const ForwardParts& parts = call_.parts;
     const ForwardParams& p = call_.params;
     const int64_t first = part * p.batch * p.heads * p.q_len;
-    for_rows([&](int row, const RowState& state, auto&& each_pair) {
+    for_rows([&](int, int, int row, const RowState& state, auto&& each_pair) {
       const int64_t at = first + flat(row);
       float* acc = parts.acc + at * p.v_head_dim;
       each_pair([&](int d, float low, float high) { store(acc + d, low, high); });
@@ -115,9 +115,14 @@ class Forward {
   // The carried state or the sink is added; the state is written, or the output.
   RA_DEVICE void write() {
     const ForwardParams& p = call_.params;
-    for_rows([&](int row, const RowState& state, auto&& each_pair) {
+    RowState before[kBands][2];
+    for_bands([&](int b, int half, int row) {
+      before[b][half] = initial_state(p, flat(row), tile_.head(row));
+    });
+    __syncwarp();  // before a lane writes what its neighbours read
+    for_rows([&](int b, int half, int row, const RowState& state, auto&& each_pair) {
       const int64_t at = flat(row);
-      const Join join(initial_state(p, at, tile_.head(row)), state);
+      const Join join(before[b][half], state);
       const RowState& joined = join.joined;
       const bool carries = !p.first && join.ours != 0.0f;
       float* acc = carried(p.acc) + at * p.v_head_dim;
@@ -318,8 +323,20 @@ class Forward {
     return warp_row_ + band * 16 + half * 8 + threadIdx.x % 32 / 4;
   }
 
-  // Calls visit(row, state, each_pair) for this thread's real rows, with l summed over the row's
-  // four lanes; each_pair(f) calls f(column, acc, acc of the next column) for this lane's columns.
+  // Calls visit(band, half, row) for this thread's real rows.
+  template <typename Visit>
+  RA_DEVICE void for_bands(const Visit& visit) const {
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (tile_.real(row_of(b, half))) visit(b, half, row_of(b, half));
+      }
+    }
+  }
+
+  // Calls visit(band, half, row, state, each_pair) for them, with l summed over the row's four
+  // lanes; each_pair(f) calls f(column, acc, acc of the next column) for this lane's columns.
   template <typename Visit>
   RA_DEVICE void for_rows(const Visit& visit) {
     const int dim = static_cast<int>(call_.params.v_head_dim);
@@ -327,21 +344,21 @@ class Forward {
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        RowState state = state_[b][half];
-        state.l += __shfl_xor_sync(kAllLanes, state.l, 1);
-        state.l += __shfl_xor_sync(kAllLanes, state.l, 2);
-        const int row = row_of(b, half);
-        if (!tile_.real(row)) continue;
-        visit(row, state, [&](auto&& each) {
-#pragma unroll
-          for (int d = 0; d < kV; d += 8) {
-            if (d >= dim) break;
-            each(d + static_cast<int>(threadIdx.x % 4) * 2, acc_[b][d / 8][2 * half],
-                 acc_[b][d / 8][2 * half + 1]);
-          }
-        });
+        float& l = state_[b][half].l;
+        l += __shfl_xor_sync(kAllLanes, l, 1);
+        l += __shfl_xor_sync(kAllLanes, l, 2);
       }
     }
+    for_bands([&](int b, int half, int row) {
+      visit(b, half, row, state_[b][half], [&](auto&& each) {
+#pragma unroll
+        for (int d = 0; d < kV; d += 8) {
+          if (d >= dim) break;
+          each(d + static_cast<int>(threadIdx.x % 4) * 2, acc_[b][d / 8][2 * half],
+               acc_[b][d / 8][2 * half + 1]);
+        }
+      });
+    });
   }
 
   const ForwardCall& call_;
@@ -362,8 +379,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     forward_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& smem = *reinterpret_cast<typename Tile::SharedMemoryPlan*>(memory);
-  const int parts = call.parts.count, part = static_cast<int>(blockIdx.x % parts);
-  const QueryTile tile(call.grid, blockIdx.x / parts, Tile::kRows);
+  const int parts = call.parts.count, block = static_cast<int>(blockIdx.x);
+  const int part = block % parts;
+  const QueryTile tile(call.grid, block / parts, Tile::kRows);
   Forward<Elem, Tile, kSoftcap> forward(call, smem, tile, call.parts.keys_of(part));
   forward.load_query();
   forward.prefetch_carry();

@@ -127,14 +127,16 @@ class ForwardFp32 {
     return tile_.flat(row, static_cast<int>(call_.params.heads));
   }
 
-  // Rows of K or V, zeros outside of the run.
+  // Rows of K or V, zeros outside of the run and up to the columns that accumulate() takes at once.
   RA_DEVICE void load_keys(const char* data, int64_t stride, const KeyRun& run, int from,
                            int64_t dim) const {
     for (int r = threadIdx.x / 32; r < kKeys; r += Tile::kWarps) {
       const int key = from + r;
       const bool there = run.begin <= key && key < run.end;
-      const auto* row = reinterpret_cast<const float*>(data + (there ? key * stride : 0));
-      for (int d = lane_; d < dim; d += 32) smem_.keys[r * kPitch + d] = there ? row[d] : 0.0f;
+      const auto* row = reinterpret_cast<const float*>(data + key * stride);
+      for (int d = lane_; d < round_up(dim, 64); d += 32) {
+        smem_.keys[r * kPitch + d] = there && d < dim ? row[d] : 0.0f;
+      }
     }
   }
 
@@ -252,8 +254,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
     forward_fp32_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& smem = *reinterpret_cast<typename Tile::SharedMemoryPlan*>(memory);
-  const int parts = call.parts.count, part = static_cast<int>(blockIdx.x % parts);
-  const QueryTile tile(call.grid, blockIdx.x / parts, Tile::kRows);
+  const int parts = call.parts.count, block = static_cast<int>(blockIdx.x);
+  const int part = block % parts;
+  const QueryTile tile(call.grid, block / parts, Tile::kRows);
   ForwardFp32<Tile, kSoftcap> forward(call, smem, tile, call.parts.keys_of(part));
   forward.load_query();
   for (int first = 0; forward.fold_runs(first); first += kMaxRuns) {
