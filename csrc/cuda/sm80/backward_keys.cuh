@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(KeysPlan<Elem, Dims, kLargeSmem, kSums>::kThre
     const int column = stage * Plan::kStream + lane % 4 * 2;
     const RowStats* stats = reinterpret_cast<RowStats*>(memory + Plan::kStats) + column;
     const KeyInterval* seen = reinterpret_cast<KeyInterval*>(memory + Plan::kIntervals) + column;
-    float p[Plan::kStream / 8][4], ds[Plan::kStream / 8][4];
+    float p[Plan::kStream / 8][4], ds[Plan::kStream / 8][4] = {};
     multiply<Elem, kDim>(p, k, first_row, q);
     if constexpr ((kSums & kSumDk) != 0) multiply<Elem, kVDim>(ds, v, first_row, dout);
     score_gradients<Elem>(
