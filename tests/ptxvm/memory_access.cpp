@@ -2,6 +2,7 @@
 #include "memory_access.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 
 #include "block.h"
@@ -11,7 +12,7 @@ namespace ptxvm {
 namespace {
 
 void check_alignment(uint64_t address, uint32_t bytes, int lane) {
-  if (address % bytes == 0) return;
+  if ((address & (bytes - 1)) == 0) return;
   char text[96];
   std::snprintf(text, sizeof text, "misaligned address: %u bytes at 0x%llx", bytes,
                 static_cast<unsigned long long>(address));
@@ -107,36 +108,35 @@ uint8_t* access_memory(Warp& warp, Space space, uint64_t address, uint32_t bytes
 }
 
 Lanes<uint64_t> addresses(const Warp& warp, const Instruction& in, size_t slot) {
+  const auto displacement = static_cast<uint64_t>(in.displacement);
   Lanes<uint64_t> result;
   if (in.wide_address) {
-    result = warp.load<uint64_t>(in.arg[slot]);
+    const Row<uint64_t> base = warp.load<uint64_t>(in.arg[slot]);
+    for (int lane = 0; lane < kLanes; ++lane) result[lane] = base[lane] + displacement;
   } else {
-    const Lanes<uint32_t> narrow = warp.load<uint32_t>(in.arg[slot]);
-    for (int lane = 0; lane < kLanes; ++lane) result[lane] = narrow[lane];
+    const Row<uint32_t> base = warp.load<uint32_t>(in.arg[slot]);
+    for (int lane = 0; lane < kLanes; ++lane) result[lane] = base[lane] + displacement;
   }
-  for (int lane = 0; lane < kLanes; ++lane) result[lane] += static_cast<uint64_t>(in.displacement);
   return result;
 }
 
 // Shared memory has 32 banks of 4 bytes. Lanes go in groups that ask for 128 bytes; a group takes
-// as many passes as the most different words of one bank.
+// as many passes as the most different units (of `bytes`, which are aligned) in the same banks.
 void count_passes(Warp& warp, const Lanes<uint64_t>& addresses, LaneMask lanes, uint32_t bytes) {
-  const uint32_t words = std::max(bytes / 4, 1u);
-  const int group = kLanes / static_cast<int>(words);
+  const int shift = std::countr_zero(std::max(bytes, 4u));
+  const uint32_t group = 128u >> shift;
   Statistics& statistics = warp.block.launch.statistics;
-  for (int begin = 0; begin < kLanes; begin += group) {
-    uint32_t different[32], per_bank[32]{}, count = 0, passes = 0;
-    for (int lane = begin; lane < begin + group; ++lane) {
-      if (!has_lane(lanes, lane)) continue;
-      for (uint32_t i = 0; i < words; ++i) {
-        const uint32_t word = static_cast<uint32_t>(addresses[lane] / 4) + i, bank = word % 32;
-        // Whoever asks for a word asked for before shares it.
-        if (per_bank[bank] != 0 &&
-            std::find(different, different + count, word) != different + count)
-          continue;
-        different[count++] = word;
-        passes = std::max(passes, ++per_bank[bank]);
-      }
+  for (uint32_t begin = 0; begin < kLanes; begin += group) {
+    uint32_t different[kLanes], in_banks[kLanes]{}, count = 0, passes = 0;
+    for (uint32_t lane = begin; lane < begin + group; ++lane) {
+      if (!has_lane(lanes, static_cast<int>(lane))) continue;
+      const auto unit = static_cast<uint32_t>(addresses[static_cast<int>(lane)] >> shift);
+      uint32_t& others = in_banks[unit % group];
+      // Whoever asks for what was asked for before shares it.
+      if (others != 0 && std::find(different, different + count, unit) != different + count)
+        continue;
+      different[count++] = unit;
+      passes = std::max(passes, ++others);
     }
     if (passes == 0) continue;
     ++statistics.shared_passes;

@@ -38,6 +38,8 @@ struct Instruction {
   std::array<uint32_t, 14> arg{};
   int64_t displacement = 0;  // of an address
   int32_t immediate = 0;
+  uint8_t outcomes = 0;  // of a comparison, for which it holds
+  bool flush = false;    // .ftz of a comparison
   Space space = Space::kGeneric;
   uint8_t elements = 1;           // of a vector
   bool wide_address = true;       // 64 bits

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// To be included last: what follows may use AVX2 and FMA. The machine is asked at the first launch.
+// What follows may use AVX2 and FMA, and the compiler may vectorise it: to be included after all
+// headers that others compile too. The machine is asked at the first launch.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

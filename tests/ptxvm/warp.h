@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "clocks.h"
@@ -18,6 +20,18 @@ class Block;
 // The votes of a bar.red.
 struct Votes {
   uint32_t for_it = 0, threads = 0;
+};
+
+// A register's values, where they lie. Those of 16 bits and less are the low bits of 4 bytes.
+template <typename T>
+struct Row {
+  const uint8_t* at;
+
+  T operator[](int lane) const {
+    T value;
+    std::memcpy(&value, at + lane * (sizeof(T) < 4 ? 4 : sizeof(T)), sizeof(T));
+    return value;
+  }
 };
 
 // A cp.async that has not been waited for.
@@ -41,7 +55,9 @@ class Warp {
 
   // Registers, by their place in the register file.
   template <typename T>
-  Lanes<T> load(uint32_t row) const;
+  Row<T> load(uint32_t row) const {
+    return {registers_.data() + row};
+  }
   template <typename T>
   void store(uint32_t row, LaneMask lanes, const Lanes<T>& values);
   uint64_t lane_value(uint32_t row, int lane, bool wide) const;
@@ -109,40 +125,19 @@ class Warp {
   std::vector<uint8_t> local_;
 };
 
-// Values of 16 bits and less are the low bits of a row's 4 bytes.
-template <typename T>
-Lanes<T> Warp::load(uint32_t row) const {
-  Lanes<T> result;
-  const uint8_t* from = registers_.data() + row;
-  if constexpr (sizeof(T) >= 4) {
-    std::memcpy(result.value, from, sizeof result.value);
-  } else {
-    uint32_t raw[kLanes];
-    std::memcpy(raw, from, sizeof raw);
-    for (int lane = 0; lane < kLanes; ++lane)
-      std::memcpy(&result.value[lane], &raw[lane], sizeof(T));
-  }
-  return result;
-}
-
 template <typename T>
 void Warp::store(uint32_t row, LaneMask lanes, const Lanes<T>& values) {
   uint8_t* to = registers_.data() + row;
-  if constexpr (sizeof(T) >= 4) {
-    if (lanes == kAllLanes) {
-      std::memcpy(to, values.value, sizeof values.value);
-      return;
-    }
-    for_lanes(lanes, [&](int lane) {
-      std::memcpy(to + lane * sizeof(T), &values.value[lane], sizeof(T));
-    });
-  } else {
-    for_lanes(lanes, [&](int lane) {
-      uint32_t raw = 0;
-      std::memcpy(&raw, &values.value[lane], sizeof(T));
-      std::memcpy(to + lane * 4, &raw, 4);
-    });
-  }
+  const auto set = [&](int lane) {
+    using Stored = std::conditional_t<(sizeof(T) < 4), uint32_t, T>;
+    Stored raw{};
+    std::memcpy(&raw, &values.value[lane], sizeof(T));
+    std::memcpy(to + lane * sizeof raw, &raw, sizeof raw);
+  };
+  if (lanes == kAllLanes)
+    for (int lane = 0; lane < kLanes; ++lane) set(lane);
+  else
+    for_lanes(lanes, set);
 }
 
 inline uint64_t Warp::lane_value(uint32_t row, int lane, bool wide) const {

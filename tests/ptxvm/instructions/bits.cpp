@@ -78,8 +78,8 @@ bool lop3(Decoder& d) {
 // The count is 32 bits wide whatever the type is; too large a count shifts everything out.
 template <typename T, typename F>
 Flow run_shift(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]);
-  const Lanes<uint32_t> count = warp.load<uint32_t>(in.arg[2]);
+  const Row<T> a = warp.load<T>(in.arg[1]);
+  const Row<uint32_t> count = warp.load<uint32_t>(in.arg[2]);
   Lanes<T> result;
   for (int lane = 0; lane < kLanes; ++lane)
     result[lane] = static_cast<T>(F{}(a[lane], count[lane]));
@@ -164,7 +164,7 @@ T extract_field(T a, uint32_t position, uint32_t length) {
 
 template <typename T>
 Flow run_bfe(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]);
+  const Row<T> a = warp.load<T>(in.arg[1]);
   const auto position = warp.load<uint32_t>(in.arg[2]), length = warp.load<uint32_t>(in.arg[3]);
   Lanes<T> result;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -186,7 +186,7 @@ bool bfe(Decoder& d) {
 template <typename T>
 Flow run_bfi(Warp& warp, const Instruction& in, LaneMask lanes) {
   constexpr uint32_t kBits = 8 * sizeof(T);
-  const Lanes<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
+  const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
   const auto position = warp.load<uint32_t>(in.arg[3]), length = warp.load<uint32_t>(in.arg[4]);
   Lanes<T> result;
   for (int lane = 0; lane < kLanes; ++lane) {

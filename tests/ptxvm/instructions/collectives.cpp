@@ -118,7 +118,7 @@ template <typename T>
 Flow run_match(Warp& warp, const Instruction& in, LaneMask lanes) {
   if (!warp.gathered(warp.uniform_value(in.arg[3], lanes), lanes, "match.sync"))
     return Flow::kRetry;
-  const Lanes<T> a = warp.load<T>(in.arg[2]);
+  const Row<T> a = warp.load<T>(in.arg[2]);
   Lanes<uint32_t> same{};
   bool all = true;
   for_lanes(lanes, [&](int lane) {
@@ -151,7 +151,7 @@ template <typename T, typename F>
 Flow run_redux(Warp& warp, const Instruction& in, LaneMask lanes) {
   if (!warp.gathered(warp.uniform_value(in.arg[2], lanes), lanes, "redux.sync"))
     return Flow::kRetry;
-  const Lanes<T> a = warp.load<T>(in.arg[1]);
+  const Row<T> a = warp.load<T>(in.arg[1]);
   T total = a[first_lane(lanes)];
   for_lanes(lanes & (lanes - 1), [&](int lane) { total = F{}(total, a[lane]); });
   Lanes<T> result;

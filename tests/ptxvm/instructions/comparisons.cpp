@@ -1,57 +1,67 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // setp, set, slct.
+#include <unordered_map>
+
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
 
 enum class Join : int32_t { kNone, kAnd, kOr, kXor };
 
-// f gets a function object of two values.
-template <typename F>
-bool with_comparison(std::string_view name, F&& f) {
-  if (name == "eq") return f([](auto a, auto b) { return a == b; });
-  if (name == "ne") return f([](auto a, auto b) { return a < b || a > b; });
-  if (name == "lt" || name == "lo") return f([](auto a, auto b) { return a < b; });
-  if (name == "le" || name == "ls") return f([](auto a, auto b) { return a <= b; });
-  if (name == "gt" || name == "hi") return f([](auto a, auto b) { return a > b; });
-  if (name == "ge" || name == "hs") return f([](auto a, auto b) { return a >= b; });
-  // True for NaN.
-  if (name == "equ") return f([](auto a, auto b) { return !(a < b || a > b); });
-  if (name == "neu") return f([](auto a, auto b) { return a != b; });
-  if (name == "ltu") return f([](auto a, auto b) { return !(a >= b); });
-  if (name == "leu") return f([](auto a, auto b) { return !(a > b); });
-  if (name == "gtu") return f([](auto a, auto b) { return !(a <= b); });
-  if (name == "geu") return f([](auto a, auto b) { return !(a < b); });
-  if (name == "num") return f([](auto a, auto b) { return a == a && b == b; });
-  if (name == "nan") return f([](auto a, auto b) { return a != a || b != b; });
-  return false;
+// For which outcomes a comparison holds.
+enum Outcome : uint8_t { kLess = 1, kEqual = 2, kGreater = 4, kUnordered = 8 };
+
+// 0: there is no comparison of this name.
+uint8_t outcomes(std::string_view name) {
+  static const std::unordered_map<std::string_view, uint8_t> table = {
+      {"eq", kEqual},
+      {"ne", kLess | kGreater},
+      {"lt", kLess},
+      {"lo", kLess},
+      {"le", kLess | kEqual},
+      {"ls", kLess | kEqual},
+      {"gt", kGreater},
+      {"hi", kGreater},
+      {"ge", kGreater | kEqual},
+      {"hs", kGreater | kEqual},
+      {"equ", kEqual | kUnordered},
+      {"neu", kLess | kGreater | kUnordered},
+      {"ltu", kLess | kUnordered},
+      {"leu", kLess | kEqual | kUnordered},
+      {"gtu", kGreater | kUnordered},
+      {"geu", kGreater | kEqual | kUnordered},
+      {"num", kLess | kEqual | kGreater},
+      {"nan", kUnordered},
+  };
+  const auto entry = table.find(name);
+  return entry == table.end() ? 0 : entry->second;
 }
 
 template <typename T>
-auto comparable(T x) {
-  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)
+auto comparable(T x, bool ftz) {
+  if constexpr (std::is_same_v<T, float>)
+    return ftz ? flush(x) : x;
+  else if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)
     return to_float(x);
   else
     return x;
 }
 
-template <typename T, bool kFlush, typename F>
+template <typename T>
 LaneMask compare(const Warp& warp, const Instruction& in) {
-  const Lanes<T> a = warp.load<T>(in.arg[2]), b = warp.load<T>(in.arg[3]);
-  LaneMask result = 0;
+  const Row<T> a = warp.load<T>(in.arg[2]), b = warp.load<T>(in.arg[3]);
+  LaneMask less = 0, greater = 0, equal = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    bool holds;
-    if constexpr (kFlush)
-      holds = F{}(flush(a[lane]), flush(b[lane]));
-    else
-      holds = F{}(comparable(a[lane]), comparable(b[lane]));
-    result |= static_cast<LaneMask>(holds) << lane;
+    const auto x = comparable(a[lane], in.flush), y = comparable(b[lane], in.flush);
+    less |= static_cast<LaneMask>(x < y) << lane;
+    greater |= static_cast<LaneMask>(x > y) << lane;
+    equal |= static_cast<LaneMask>(x == y) << lane;
   }
-  return result;
+  return (in.outcomes & kLess ? less : 0) | (in.outcomes & kGreater ? greater : 0) |
+         (in.outcomes & kEqual ? equal : 0) |
+         (in.outcomes & kUnordered ? ~(less | greater | equal) : 0);
 }
 
 LaneMask join(LaneMask a, LaneMask b, int32_t how) {
@@ -68,9 +78,9 @@ LaneMask join(LaneMask a, LaneMask b, int32_t how) {
 }
 
 // arg: p, q, a, b, c of "setp.lt.and.f32 p|q, a, b, c"
-template <typename T, bool kFlush, typename F>
+template <typename T>
 Flow run_setp(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const LaneMask holds = compare<T, kFlush, F>(warp, in);
+  const LaneMask holds = compare<T>(warp, in);
   const LaneMask c = in.immediate != 0 ? warp.predicate(in.arg[4]) : 0;
   warp.set_predicate(in.arg[1], lanes, join(~holds, c, in.immediate));
   warp.set_predicate(in.arg[0], lanes, join(holds, c, in.immediate));
@@ -78,9 +88,9 @@ Flow run_setp(Warp& warp, const Instruction& in, LaneMask lanes) {
 }
 
 // The destination is a register: all ones, or 1.0f if `elements` says so.
-template <typename T, bool kFlush, typename F>
+template <typename T>
 Flow run_set(Warp& warp, const Instruction& in, LaneMask lanes) {
-  LaneMask holds = compare<T, kFlush, F>(warp, in);
+  LaneMask holds = compare<T>(warp, in);
   if (in.immediate != 0) holds = join(holds, warp.predicate(in.arg[4]), in.immediate);
   Lanes<uint32_t> result;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -92,17 +102,18 @@ Flow run_set(Warp& warp, const Instruction& in, LaneMask lanes) {
 template <typename F>
 bool with_comparable(Decoder& d, F&& f) {
   const Type type = d.type();
-  if (type.packed) return false;
+  d.instruction.outcomes = outcomes(d.word(1));
+  d.instruction.flush = d.has("ftz");
+  if (type.packed || d.instruction.outcomes == 0) return false;
   switch (type.kind) {
     case Kind::kFloat:
-      if (type.bits == 64) return f(double{}, std::false_type{});
-      return d.has("ftz") ? f(float{}, std::true_type{}) : f(float{}, std::false_type{});
+      return type.bits == 64 ? f(double{}) : f(float{});
     case Kind::kHalf:
-      return f(Half{}, std::false_type{});
+      return f(Half{});
     case Kind::kBFloat16:
-      return f(BFloat16{}, std::false_type{});
+      return f(BFloat16{});
     default:
-      return with_integer(type, [&](auto zero) { return f(zero, std::false_type{}); });
+      return with_integer(type, f);
   }
 }
 
@@ -121,13 +132,11 @@ bool setp(Decoder& d) {
   const size_t sources = d.operand_count() - (d.instruction.immediate != 0 ? 3 : 2);
   d.instruction.arg[0] = d.predicate(0);
   d.instruction.arg[1] = sources == 2 ? d.predicate(1) : d.sink_predicate();
-  return with_comparison(d.word(1), [&](auto comparison) {
-    return with_comparable(d, [&](auto zero, auto ftz) {
-      d.instruction.arg[2] = d.source(sources, sizeof zero == 8);
-      d.instruction.arg[3] = d.source(sources + 1, sizeof zero == 8);
-      d.instruction.run = run_setp<decltype(zero), ftz.value, decltype(comparison)>;
-      return true;
-    });
+  return with_comparable(d, [&](auto zero) {
+    d.instruction.arg[2] = d.source(sources, sizeof zero == 8);
+    d.instruction.arg[3] = d.source(sources + 1, sizeof zero == 8);
+    d.instruction.run = run_setp<decltype(zero)>;
+    return true;
   });
 }
 
@@ -137,13 +146,11 @@ bool set(Decoder& d) {
   set_join(d);
   d.instruction.arg[0] = d.destination(0);
   d.instruction.elements = result.kind == Kind::kFloat ? 2 : 1;
-  return with_comparison(d.word(1), [&](auto comparison) {
-    return with_comparable(d, [&](auto zero, auto ftz) {
-      d.instruction.arg[2] = d.source(1, sizeof zero == 8);
-      d.instruction.arg[3] = d.source(2, sizeof zero == 8);
-      d.instruction.run = run_set<decltype(zero), ftz.value, decltype(comparison)>;
-      return true;
-    });
+  return with_comparable(d, [&](auto zero) {
+    d.instruction.arg[2] = d.source(1, sizeof zero == 8);
+    d.instruction.arg[3] = d.source(2, sizeof zero == 8);
+    d.instruction.run = run_set<decltype(zero)>;
+    return true;
   });
 }
 
@@ -156,7 +163,7 @@ bool slct(Decoder& d) {
     d.instruction.arg = {d.destination(0), d.source(1, kWide), d.source(2, kWide), d.source(3)};
     d.instruction.immediate = by.kind == Kind::kFloat;
     d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
-      const Lanes<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
+      const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
       const auto c = warp.load<uint32_t>(in.arg[3]);
       Lanes<T> result;
       for (int lane = 0; lane < kLanes; ++lane) {

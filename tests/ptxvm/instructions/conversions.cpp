@@ -6,8 +6,6 @@
 #include <type_traits>
 
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
@@ -85,7 +83,7 @@ To to_floating(From x, int32_t flags) {
 
 template <typename To, typename From>
 Flow run_convert(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<From> from = warp.load<From>(in.arg[1]);
+  const Row<From> from = warp.load<From>(in.arg[1]);
   const int32_t flags = in.immediate;
   Lanes<To> to;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -129,7 +127,7 @@ int32_t flags_of(const Decoder& d) {
 // cvt.rn.bf16x2.f32 d, a, b: a is the upper half.
 template <typename T>
 Flow run_pack(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<float> high = warp.load<float>(in.arg[1]), low = warp.load<float>(in.arg[2]);
+  const Row<float> high = warp.load<float>(in.arg[1]), low = warp.load<float>(in.arg[2]);
   Lanes<uint32_t> result;
   for (int lane = 0; lane < kLanes; ++lane)
     result[lane] = uint32_t{to_floating<T>(high[lane], in.immediate).bits} << 16 |

@@ -7,8 +7,6 @@
 #include <type_traits>
 
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
@@ -226,7 +224,7 @@ bool tanh(Decoder& d) {
 }
 
 Flow run_testp(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<float> a = warp.load<float>(in.arg[1]);
+  const Row<float> a = warp.load<float>(in.arg[1]);
   LaneMask result = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int kind = std::fpclassify(a[lane]);

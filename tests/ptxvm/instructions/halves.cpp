@@ -3,15 +3,14 @@
 // Arithmetic of f16 and bf16, alone or two in a register: in float, rounded once. (fma: in double,
 // since float would round its sum.)
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
 
 template <typename T, bool kPacked, int kOperands, typename F>
 Flow run_halves(Warp& warp, const Instruction& in, LaneMask lanes) {
-  Lanes<uint32_t> operands[3], result;
+  Row<uint32_t> operands[3]{};
+  Lanes<uint32_t> result;
   for (int i = 0; i < kOperands; ++i) operands[i] = warp.load<uint32_t>(in.arg[i + 1]);
   for (int lane = 0; lane < kLanes; ++lane) {
     uint32_t both = 0;

@@ -10,12 +10,14 @@
 #include "../decoder.h"
 #include "../formats.h"
 #include "../warp.h"
+//
+#include "../simd.h"
 
 namespace ptxvm {
 
 template <typename T, typename R, typename F>
 Flow run_unary(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]);
+  const Row<T> a = warp.load<T>(in.arg[1]);
   Lanes<R> result;
   for (int lane = 0; lane < kLanes; ++lane) result[lane] = static_cast<R>(F{}(a[lane]));
   warp.store(in.arg[0], lanes, result);
@@ -24,7 +26,7 @@ Flow run_unary(Warp& warp, const Instruction& in, LaneMask lanes) {
 
 template <typename T, typename R, typename F>
 Flow run_binary(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
+  const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
   Lanes<R> result;
   for (int lane = 0; lane < kLanes; ++lane) result[lane] = static_cast<R>(F{}(a[lane], b[lane]));
   warp.store(in.arg[0], lanes, result);
@@ -34,8 +36,8 @@ Flow run_binary(Warp& warp, const Instruction& in, LaneMask lanes) {
 // The third operand is of the result's type.
 template <typename T, typename R, typename F>
 Flow run_ternary(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
-  const Lanes<R> c = warp.load<R>(in.arg[3]);
+  const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
+  const Row<R> c = warp.load<R>(in.arg[3]);
   Lanes<R> result;
   for (int lane = 0; lane < kLanes; ++lane)
     result[lane] = static_cast<R>(F{}(a[lane], b[lane], c[lane]));

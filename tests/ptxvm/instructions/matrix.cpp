@@ -2,19 +2,39 @@
 //
 // mma.sync, ldmatrix, stmatrix: lanes and registers as in the tables of the PTX manual. In all of
 // them lane 4 g + t holds row g (of 8) and columns 2 t and 2 t + 1.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 
 #include "../block.h"
 #include "../launch.h"
 #include "../memory_access.h"
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
 
-using Row = float __attribute__((vector_size(32)));  // 8 columns
+using Columns = float __attribute__((vector_size(32)));  // 8 of them
+
+Columns multiply_add(float a, Columns b, Columns c) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A register of 16-bit pairs is an 8 x 8 matrix, row by row.
+template <typename T>
+void unpack(Row<uint32_t> pairs, float (*matrix)[8]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint32_t pair = pairs[lane];
+    matrix[lane / 4][lane % 4 * 2] = to_float(T{static_cast<uint16_t>(pair)});
+    matrix[lane / 4][lane % 4 * 2 + 1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
+  }
+}
 
 // D = A B + C with A [16, K], B [K, 8]. Sums are of float; the device's own order is not known.
 // arg: D (4), A (K / 4), B (K / 8), C (4).
@@ -22,38 +42,27 @@ template <typename T, int K>
 Flow run_mma(Warp& warp, const Instruction& in, LaneMask lanes) {
   warp.require_whole_warp(lanes, "mma.sync");
   constexpr int kA = 4, kB = kA + K / 4, kC = kB + K / 8;
-  float a[16][K];
-  alignas(32) float b[K][8], c[16][8];
-  const auto unpack = [](uint32_t both, float& low, float& high) {
-    low = to_float(T{static_cast<uint16_t>(both)});
-    high = to_float(T{static_cast<uint16_t>(both >> 16)});
-  };
-  for (int i = 0; i < K / 4; ++i) {
-    const auto values = warp.load<uint32_t>(in.arg[kA + i]);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      float* row = a[lane / 4 + 8 * (i % 2)] + lane % 4 * 2 + 8 * (i / 2);
-      unpack(values[lane], row[0], row[1]);
-    }
-  }
+  alignas(32) float a[K / 8][16][8], b[K][8], c[16][8], columns[8][8];
+  for (int i = 0; i < K / 4; ++i)
+    unpack<T>(warp.load<uint32_t>(in.arg[kA + i]), a[i / 2] + 8 * (i % 2));
   for (int i = 0; i < K / 8; ++i) {
-    const auto values = warp.load<uint32_t>(in.arg[kB + i]);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int k = lane % 4 * 2 + 8 * i;
-      unpack(values[lane], b[k][lane / 4], b[k + 1][lane / 4]);
-    }
+    unpack<T>(warp.load<uint32_t>(in.arg[kB + i]), columns);
+    for (int k = 0; k < 8; ++k)
+      for (int n = 0; n < 8; ++n) b[8 * i + k][n] = columns[n][k];
   }
   for (int i = 0; i < 4; ++i) {
-    const auto values = warp.load<float>(in.arg[kC + i]);
+    const Row<float> values = warp.load<float>(in.arg[kC + i]);
     for (int lane = 0; lane < kLanes; ++lane)
       c[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2] = values[lane];
   }
-  Row rows_of_b[K];
-  std::memcpy(rows_of_b, b, sizeof b);
-  for (int r = 0; r < 16; ++r) {
-    Row sum;
-    std::memcpy(&sum, c[r], sizeof sum);
-    for (int k = 0; k < K; ++k) sum += a[r][k] * rows_of_b[k];
-    std::memcpy(c[r], &sum, sizeof sum);
+  const auto row = [](float (&from)[8]) -> Columns& { return reinterpret_cast<Columns&>(from); };
+  for (int half = 0; half < 16; half += 8) {
+    Columns sum[8];
+    for (int r = 0; r < 8; ++r) sum[r] = row(c[half + r]);
+    for (int k = 0; k < K; ++k)
+      for (int r = 0; r < 8; ++r)
+        sum[r] = multiply_add(a[k / 8][half + r][k % 8], row(b[k]), sum[r]);
+    for (int r = 0; r < 8; ++r) row(c[half + r]) = sum[r];
   }
   for (int i = 0; i < 4; ++i) {
     Lanes<float> values;

@@ -2,8 +2,6 @@
 //
 // mov, selp, cvta, isspacep.
 #include "handlers.h"
-//
-#include "../simd.h"
 
 namespace ptxvm {
 namespace {
@@ -65,7 +63,7 @@ bool mov(Decoder& d) {
 
 template <typename T>
 Flow run_selp(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
+  const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);
   const LaneMask first = warp.predicate(in.arg[3]);
   Lanes<T> result;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -96,9 +94,11 @@ bool cvta(Decoder& d) {
   d.instruction.displacement = static_cast<int64_t>(d.has("to") ? -window : window);
   d.instruction.arg = {d.destination(0), d.source(1, true)};
   d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
-    Lanes<uint64_t> a = warp.load<uint64_t>(in.arg[1]);
-    for (int lane = 0; lane < kLanes; ++lane) a[lane] += static_cast<uint64_t>(in.displacement);
-    warp.store(in.arg[0], lanes, a);
+    const Row<uint64_t> a = warp.load<uint64_t>(in.arg[1]);
+    Lanes<uint64_t> result;
+    for (int lane = 0; lane < kLanes; ++lane)
+      result[lane] = a[lane] + static_cast<uint64_t>(in.displacement);
+    warp.store(in.arg[0], lanes, result);
     return Flow::kNext;
   };
   return true;
@@ -108,7 +108,7 @@ bool isspacep(Decoder& d) {
   d.instruction.displacement = static_cast<int64_t>(window_of(d));
   d.instruction.arg = {d.predicate(0), d.source(1, true)};
   d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
-    const Lanes<uint64_t> a = warp.load<uint64_t>(in.arg[1]);
+    const Row<uint64_t> a = warp.load<uint64_t>(in.arg[1]);
     const auto window = static_cast<uint64_t>(in.displacement);
     LaneMask result = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
