@@ -230,9 +230,12 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
                      cudaStream_t stream) {
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
   return sm80::visit_kernels(p, device, [&](const sm80::BackwardTiles& tiles, const auto& launch) {
-    for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
+    for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {  // before anything is written
       const sm80::Launch one(p, i, tiles, workspace);
       if (!sm80::aligned(one.call)) return cudaErrorMisalignedAddress;
+    }
+    for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
+      const sm80::Launch one(p, i, tiles, workspace);
       cudaError_t error = one.describe_rows(stream);
       if (error == cudaSuccess) error = launch(one.call, stream);
       if (error != cudaSuccess) return error;

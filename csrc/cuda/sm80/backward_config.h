@@ -33,11 +33,10 @@ struct BackwardTiles {
 constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bool large_smem,
                                        bool atomic_dq) {
   const int both = dim + v_dim;
-  if (element_bytes == 4) {
+  if (element_bytes == 4) {  // one size serves both
     if (both <= 192) return {4, 32};
     if (both <= 256) return {4, 16};
-    if (both <= 384) return large_smem ? BackwardTiles{4, 16} : BackwardTiles{2, 16};
-    return large_smem ? BackwardTiles{2, 16} : BackwardTiles{2, 8};
+    return both <= 384 ? BackwardTiles{2, 16} : BackwardTiles{2, 8};
   }
   if (both <= 128) return {8, 64};
   if (both <= 192) return {8, 32};
@@ -57,13 +56,11 @@ constexpr bool has_atomic_dq(int element_bytes, int dim, int v_dim) {
   return element_bytes == 2 && !keys_in_two_passes(dim, v_dim);
 }
 
-constexpr bool same_tiles(int element_bytes, int dim, int v_dim) {
-  const auto same = [&](bool atomic_dq) {
-    const BackwardTiles large = backward_tiles(element_bytes, dim, v_dim, true, atomic_dq);
-    const BackwardTiles small = backward_tiles(element_bytes, dim, v_dim, false, atomic_dq);
-    return large.warps == small.warps && large.stream == small.stream;
-  };
-  return same(false) && (same(true) || !has_atomic_dq(element_bytes, dim, v_dim));
+// Whether the tiles are the same for both sizes of shared memory: then there is one kernel.
+constexpr bool same_tiles(int element_bytes, int dim, int v_dim, bool atomic_dq) {
+  const BackwardTiles large = backward_tiles(element_bytes, dim, v_dim, true, atomic_dq);
+  const BackwardTiles small = backward_tiles(element_bytes, dim, v_dim, false, atomic_dq);
+  return large.warps == small.warps && large.stream == small.stream;
 }
 
 // What a row's P and dS are formed with. lse in log2 units, in two parts; +inf for a row that saw

@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem>::kThreads
   const DqTile tile(call, Plan::kRows);
   KeyWalk<Plan::kRows, Plan::kStream> walk;
   bool more = walk.next(call, tile);
+  if (!more && call.dq_parts == 1) return;
   float dq[kDim / 8][4] = {};
   if (more) {
     Rows<Plan>::template load_queries<Plan::kRows>(call, tile.sample, tile.head, tile.row, q, dout);

@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(KeysPlan<Elem, Dims, kLargeSmem, kSums>::kThre
   const KeysTile tile(call, Plan::kRows);
   QueryWalk<Plan::kRows> walk;
   bool more = walk.next(call, tile);
+  if (!more && call.head_parts * call.row_parts == 1) return;
   float dk[kDim / 8][4] = {}, dv[kVDim / 8][4] = {};
   if (more) {
     const KVBlock& block = call.blocks.block[tile.block];

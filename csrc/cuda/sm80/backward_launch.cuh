@@ -30,35 +30,36 @@ cudaError_t start_dq(const BackwardCall& call, cudaStream_t stream) {
                call, stream);
 }
 
+// dQ by atomics: one kernel.
 template <typename Elem, typename Dims, bool kLargeSmem>
-cudaError_t start_backward(const BackwardCall& call, cudaStream_t stream) {
-  constexpr bool kTwoPasses = keys_in_two_passes(Dims::kQk, Dims::kV);
-  cudaError_t error = cudaSuccess;
-  if constexpr (has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV)) {
-    if (call.atomic_dq) {
-      error = start_keys<Elem, Dims, kLargeSmem, kSumDk | kSumDv | kSumDq>(call, stream);
-      return error == cudaSuccess ? add_keys_parts(call, stream) : error;
-    }
-  }
-  error = start_dq<Elem, Dims, kLargeSmem>(call, stream);
+cudaError_t start_atomic(const BackwardCall& call, cudaStream_t stream) {
+  constexpr bool kLarge = kLargeSmem && !same_tiles(sizeof(Elem), Dims::kQk, Dims::kV, true);
+  return start_keys<Elem, Dims, kLarge, kSumDk | kSumDv | kSumDq>(call, stream);
+}
+
+template <typename Elem, typename Dims, bool kLargeSmem>
+cudaError_t start_deterministic(const BackwardCall& call, cudaStream_t stream) {
+  constexpr bool kLarge = kLargeSmem && !same_tiles(sizeof(Elem), Dims::kQk, Dims::kV, false);
+  cudaError_t error = start_dq<Elem, Dims, kLarge>(call, stream);
   if (error == cudaSuccess) error = add_dq_parts(call, stream);
   if (error != cudaSuccess) return error;
-  if constexpr (kTwoPasses) {
-    error = start_keys<Elem, Dims, kLargeSmem, kSumDk>(call, stream);
-    if (error == cudaSuccess) error = start_keys<Elem, Dims, kLargeSmem, kSumDv>(call, stream);
+  if constexpr (keys_in_two_passes(Dims::kQk, Dims::kV)) {
+    error = start_keys<Elem, Dims, kLarge, kSumDk>(call, stream);
+    return error == cudaSuccess ? start_keys<Elem, Dims, kLarge, kSumDv>(call, stream) : error;
   } else {
-    error = start_keys<Elem, Dims, kLargeSmem, kSumDk | kSumDv>(call, stream);
+    return start_keys<Elem, Dims, kLarge, kSumDk | kSumDv>(call, stream);
   }
-  return error == cudaSuccess ? add_keys_parts(call, stream) : error;
 }
 
 template <typename Elem, typename Dims>
 cudaError_t launch_backward(const BackwardCall& call, bool large_smem, cudaStream_t stream) {
-  // Where the tiles are the same for both sizes of shared memory, there is one kernel.
-  constexpr bool kSame = same_tiles(sizeof(Elem), Dims::kQk, Dims::kV);
-  return visit_flag(large_smem && !kSame, [&]<typename Large>(Large) {
-    return start_backward < Elem, Dims, Large::value && !kSame > (call, stream);
+  const cudaError_t error = visit_flag(large_smem, [&]<typename Large>(Large) {
+    if constexpr (has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV)) {
+      if (call.atomic_dq) return start_atomic<Elem, Dims, Large::value>(call, stream);
+    }
+    return start_deterministic<Elem, Dims, Large::value>(call, stream);
   });
+  return error == cudaSuccess ? add_keys_parts(call, stream) : error;
 }
 
 }  // namespace ring_attention::cuda::sm80
