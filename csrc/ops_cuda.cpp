@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "cuda/settings.h"
 #include "operators.h"
 
 namespace ring_attention {
@@ -45,7 +46,9 @@ class CudaKernels {
     const Tensor memory = workspace(cuda::forward_workspace_bytes(params, device_));
     check(cuda::forward(params, memory.mutable_data_ptr(), device_, stream_));
   }
-  void backward(const BackwardParams& params) const {
+  void backward(const BackwardParams& given) const {
+    BackwardParams params = given;
+    params.deterministic = cuda::deterministic_backward();
     const Tensor memory = workspace(cuda::backward_workspace_bytes(params, device_));
     check(cuda::backward(params, memory.mutable_data_ptr(), device_, stream_));
   }

@@ -6,6 +6,7 @@
 //
 //   RING_ATTENTION_PTXVM_SEED   the order of blocks, warps and steps; 1 when unset
 //   RING_ATTENTION_PTXVM_SMEM   KiB of shared memory a block may have; 163 when unset
+//   RING_ATTENTION_CUDA_BACKWARD=atomic   the backward whose dq is added up by atomics
 #include "cpu/isa_ptx.h"
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include "../vm.h"
 #include "cpu/isa.h"
 #include "cuda/launch.h"
+#include "cuda/settings.h"
 
 namespace ring_attention::cpu::ptx_sm80 {
 namespace {
@@ -149,8 +151,10 @@ void forward(const ForwardParams& params, const Parallel& parallel) {
   call.check(cuda::forward(params, workspace, device(), nullptr));
 }
 
-void backward(const BackwardParams& params, const Parallel& parallel) {
-  if (params.dtype == DType::kFloat64) return scalar::backward(params, parallel);
+void backward(const BackwardParams& given, const Parallel& parallel) {
+  if (given.dtype == DType::kFloat64) return scalar::backward(given, parallel);
+  BackwardParams params = given;
+  params.deterministic = cuda::deterministic_backward();
   const int64_t rows = params.batch * params.heads * params.q_len;
   Call call;
   call.attention(params);
