@@ -35,9 +35,9 @@ FLAGS = [
 # -v: registers and spills, for tests/test_cuda_build.py.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += ["-Werror=all-warnings", "-Xptxas=-v,--warning-as-error"]
-# sm_80 serves 8.6 and 8.9 too, 90a every H100, 100f B200 and B300; the PTX whatever comes later.
-GPUS = ["80,code=sm_80", "90a,code=sm_90a", "100f,code=sm_100f", "120,code=sm_120"]
-PTX = "80,code=compute_80"
+# One PTX for all GPUS, that which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
+GPUS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+PTX = "compute_80"  # for whatever comes later
 # For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -75,7 +75,7 @@ def extension(
     make: Callable[..., Extension], name: str, files: list[str], **flags: list[str]
 ) -> Extension:
     nvcc = [*NVCC_FLAGS, *flags.get("nvcc", [])] + [
-        f"-gencode=arch=compute_{gpu}" for gpu in flags.get("gpus", [])
+        f"-gencode=arch={PTX},code={gpu}" for gpu in flags.get("gpus", [])
     ]
     made = make(
         f"ring_attention.{name}",

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-GPUS = ("sm_80", "sm_90a", "sm_100f", "sm_120")
+GPUS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
