@@ -6,21 +6,27 @@
 #   make bench   the benchmarks, in a few minutes
 #   make clean   remove what the others made
 #   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
+#   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
+#   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
+#   make vm-full the same for every parameter and five seeds; hours
 #
 # Each one does its own set-up (virtual environment, PyTorch, build) and is quick the second time.
-# Settings: PYTHON=python3.12, TORCH="torch==2.11.0", VENV=.venv
+# Settings: PYTHON=python3.12, TORCH="torch==2.11.0", VENV=.venv, CUDA=1 (demo, test and bench build
+# the CUDA operators too: minutes, and not needed without a GPU)
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch>=2.11
 VENV ?= .venv
+CUDA ?= 0
 GXX_LEAST = 11
 CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 export CXX
 
 BIN = $(VENV)/bin
 NATIVE = setup.py pyproject.toml $(shell find csrc -type f)
-FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+FORMATTED = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
 # PYTHONSAFEPATH keeps this folder, and so the ordinary build, off Python's path. Python itself is not
 # sanitized: ASan must be loaded ahead of it, and libstdc++ with it, whose throw it wraps. Of leaks
@@ -34,7 +40,14 @@ SANITIZED_TESTS = $(BIN)/python -m pytest --capture=sys -p no:cacheprovider test
 # test_isa: captures what its processes write, and waits 280 s for them; a loop does its work.
 UNSANITIZED = --deselect 'tests/test_ops.py::test_isa'
 
-.PHONY: demo test check sanitize bench clean prerequisites
+# The CUDA operators for every GPU, and the compiler's report on each kernel.
+CUDA_BUILD = build/cuda
+# A build whose ISA table has the row ptx-sm80, see tests/ptxvm.
+VM = build/ptxvm
+ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
+VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops.py tests/test_ring.py -m "isa or vm"
+
+.PHONY: demo test check sanitize cuda vm vm-full vm-build bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -59,6 +72,29 @@ sanitize: $(VENV)/built
 	for isa in $$(cat $(SANITIZED)/isas); do echo "RING_ATTENTION_CPU=$$isa"; \
 	    $(SANITIZERS_ON) RING_ATTENTION_CPU=$$isa $(SANITIZED_TESTS) -m isa $(ARGS) || exit 1; done
 
+ifeq ($(NVCC),)
+cuda vm vm-full:
+	@echo "make $@: skipped, there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+else
+# The log is added to, since only what has changed is compiled: the last word on a kernel counts.
+cuda: $(VENV)/built
+	@mkdir -p $(CUDA_BUILD)
+	RING_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/lib \
+	    >> $(CUDA_BUILD)/log 2>&1 || { tail -n 40 $(CUDA_BUILD)/log; exit 1; }
+	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
+
+vm: vm-build
+	$(ON_VM) $(VM_TESTS) $(ARGS)
+
+vm-full: vm-build
+	for seed in 1 2 3 4 5; do for smem in 163 99; do \
+	    $(ON_VM) RING_ATTENTION_PTXVM_SEED=$$seed RING_ATTENTION_PTXVM_SMEM=$$smem \
+	    $(VM_TESTS) --every-parameter $(ARGS) || exit 1; done; done
+
+vm-build: $(VENV)/built
+	RING_ATTENTION_PTXVM=1 $(BIN)/python setup.py --quiet build --build-base $(VM) --build-lib $(VM)/lib
+endif
+
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/ring.py
@@ -81,7 +117,7 @@ $(VENV)/tools: pyproject.toml $(VENV)/torch
 	touch $@
 
 $(VENV)/built: $(NATIVE) $(VENV)/tools
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	RING_ATTENTION_CUDA=$(CUDA) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 prerequisites:

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds the two native modules of ring_attention.
+"""Builds the native modules of ring_attention.
 
 _C        the operators, on LibTorch's stable ABI: one binary serves every torch from 2.11 on
+_C_cuda   the same on CUDA, a library of its own that is loaded only where torch has CUDA
 _planner  the planner, a pybind11 module without torch
+
+RING_ATTENTION_CUDA=1 builds _C_cuda, 0 does not; unset, it is built where nvcc and a torch with
+CUDA are. Whether this machine has a GPU does not matter.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pybind11
+import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the operators may use: 2.11.
@@ -25,19 +32,23 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",
 ]
+# -v: registers and spills, for tests/test_cuda_build.py.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS += ["-Werror=all-warnings", "-Xptxas=-v,--warning-as-error"]
+# One PTX for all GPUS, that which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
+GPUS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+PTX = "compute_80"  # for whatever comes later
 # For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
 
 
-def setting(name: str, values: tuple[str, ...], remark: str) -> str:
-    """The environment variable `name`; unset is the first of its values."""
-    value = os.environ.get(name, values[0])
-    if value not in values:
-        raise SystemExit(
-            f"ring_attention: expected {name} unset or {' or '.join(values)}, got {value!r}{remark}"
-        )
+def setting(name: str) -> str | None:
+    """The environment variable `name`: "0", "1", or None where it is unset."""
+    value = os.environ.get(name)
+    if value not in (None, "0", "1"):
+        raise SystemExit(f"ring_attention: expected {name} unset or 0 or 1, got {value!r}")
     return value
 
 
@@ -45,37 +56,84 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-def headers() -> list[str]:
-    return sources("csrc/**/*.h", "csrc/**/*.inl")
+def cuda() -> tuple[bool, str]:
+    """Whether to build _C_cuda, and why."""
+    asked = setting("RING_ATTENTION_CUDA")
+    if asked == "1" and CUDA_HOME is None:
+        raise SystemExit(
+            "ring_attention: expected nvcc with RING_ATTENTION_CUDA=1, found none; install the "
+            "CUDA toolkit, set CUDA_HOME, or set RING_ATTENTION_CUDA=0"
+        )
+    if asked is not None:
+        return asked == "1", f"RING_ATTENTION_CUDA={asked}"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} has no CUDA"
+    return CUDA_HOME is not None, f"nvcc in {CUDA_HOME}" if CUDA_HOME else "no nvcc found"
 
 
-setting("RING_ATTENTION_CUDA", ("0",), "; this release has CPU kernels only")
-SANITIZE = setting("RING_ATTENTION_SANITIZE", ("0", "1"), "") == "1"
+def extension(
+    make: Callable[..., Extension], name: str, files: list[str], **flags: list[str]
+) -> Extension:
+    nvcc = [*NVCC_FLAGS, *flags.get("nvcc", [])] + [
+        f"-gencode=arch={PTX},code={gpu}" for gpu in flags.get("gpus", [])
+    ]
+    made = make(
+        f"ring_attention.{name}",
+        files,
+        include_dirs=[str(ROOT / "csrc"), *flags.get("include_dirs", [])],
+        depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/ptxvm/**/*.h"),
+        extra_compile_args={"cxx": [*COMPILE, *flags.get("cxx", [])], "nvcc": nvcc},
+        extra_link_args=SANITIZERS if SANITIZE else [],
+        language="c++",
+        py_limited_api=make is not Extension,
+    )
+    made.libraries = flags.get("libraries", made.libraries)
+    return made
+
+
+SANITIZE = setting("RING_ATTENTION_SANITIZE") == "1"
+# For `make vm`: the CUDA kernels are a row of the ISA table, their PTX interpreted. No _C_cuda.
+PTXVM = setting("RING_ATTENTION_PTXVM") == "1"
+CUDA, why = (False, "RING_ATTENTION_PTXVM=1") if PTXVM else cuda()
 COMPILE = [*FLAGS, *(SANITIZER_FLAGS if SANITIZE else ["-O3"])]
-LINK = SANITIZERS if SANITIZE else []
+modules: list[Any] = [
+    extension(
+        Extension,
+        "_planner",
+        sources("csrc/plan_bindings.cpp", "csrc/plan/*.cpp"),
+        include_dirs=[pybind11.get_include()],
+    )
+]
+if PTXVM:
+    files = ["csrc/ops.cpp", *(f"csrc/cpu/{x}.cpp" for x in ("dispatch", "isa_scalar", "state"))]
+    files += sources("csrc/cuda/**/*.cu", "tests/ptxvm/*.cpp", "tests/ptxvm/[ir]*/*.cpp")
+    modules.append(
+        extension(
+            CUDAExtension,
+            "_C",
+            files,
+            cxx=[TORCH_TARGET, "-DRA_PTXVM"],
+            nvcc=["--compress-mode=none"],
+            gpus=[PTX],
+            libraries=["torch_cpu", "torch"],  # no CUDA runtime: the interpreter brings its own
+        )
+    )
+else:
+    files = sources("csrc/ops.cpp", "csrc/cpu/*.cpp")
+    modules.append(extension(CppExtension, "_C", files, cxx=[TORCH_TARGET]))
+if CUDA:
+    modules.append(
+        extension(
+            CUDAExtension,
+            "_C_cuda",
+            sources("csrc/ops_cuda.cpp", "csrc/cuda/**/*.cu"),
+            cxx=[TORCH_TARGET, "-DUSE_CUDA"],
+            gpus=[*GPUS, PTX],
+            libraries=["torch_cuda", "torch_cpu", "torch", "cudart_static", "rt", "dl", "pthread"],
+        )
+    )
 print(
-    "ring_attention: building the CPU operators and the planner (no CUDA kernels yet)"
-    + (", with sanitizers" if SANITIZE else "")
+    f"ring_attention: building the planner, the CPU operators and {'the' if CUDA else 'no'} CUDA "
+    f"operators ({why}){', with sanitizers' if SANITIZE else ''}"
 )
-setup(
-    ext_modules=[
-        CppExtension(
-            "ring_attention._C",
-            sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
-            depends=headers(),
-            extra_compile_args={"cxx": [*COMPILE, TORCH_TARGET]},
-            extra_link_args=LINK,
-            py_limited_api=True,
-        ),
-        Extension(
-            "ring_attention._planner",
-            sources("csrc/plan_bindings.cpp", "csrc/plan/*.cpp"),
-            include_dirs=[pybind11.get_include()],
-            depends=headers(),
-            extra_compile_args={"cxx": COMPILE},
-            extra_link_args=LINK,
-            language="c++",
-        ),
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

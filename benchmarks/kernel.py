@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CPU block kernels against torch's attention and against the machine's peak.
+"""The block kernels against torch's attention and against the machine's peak.
 
     python benchmarks/kernel.py                                     # the main table
+    python benchmarks/kernel.py --device cuda --length 16384 --heads 16
     python benchmarks/kernel.py --case full,softcap,gqa,sinks --head-dim 64
     python benchmarks/kernel.py --case short64,short256,short1024 --direction forward
     python benchmarks/kernel.py --case decode1,decode16 --direction forward
@@ -15,7 +16,8 @@ torch's time divided by ours. Masks and the like also run beside the full mask: 
 median of the ratios of their touched rates. Decoding is bound by memory: its last columns are GB/s
 of K and V, and the share of what reading memory reaches in the same rounds.
 
-RING_ATTENTION_CPU chooses the instruction set, as everywhere.
+RING_ATTENTION_CPU chooses the instruction set, as everywhere. On CUDA the peak is that of a large
+product of matrices (for float32 without TF32), and "threads" says 1.
 """
 
 from __future__ import annotations
@@ -112,17 +114,29 @@ class Round:
     bandwidth: float | None
 
 
-def timed(run: Callable[[], object], repeats: int = 1) -> float:
+def timed(run: Callable[[], object], repeats: int = 1, device: str = "cpu") -> float:
     """Seconds per run."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    wait()
     return (time.perf_counter() - start) / repeats
+
+
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """What the kernels are measured against, in FLOP/s."""
+    if not device.startswith("cuda"):
+        return ops.peak_flops(dtype, 0.03)
+    size = 8192 if dtype != torch.float32 else 4096
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / timed(lambda: a @ b, 5, device)
 
 
 def read_bandwidth(memory: Tensor) -> float:
     """Bytes per second of a reduction over memory that no cache holds."""
-    return memory.nbytes / timed(memory.sum)
+    return memory.nbytes / timed(memory.sum, 1, str(memory.device))
 
 
 def tiles_touched(begin: Tensor, end: Tensor, k_len: int) -> int:
@@ -148,12 +162,14 @@ class Problem:
     name: str
 
     @classmethod
-    def make(cls, name: str, case: Case, dtype: torch.dtype, head_dim: int) -> Problem:
+    def make(cls, name: str, case: Case, dtype: torch.dtype, head_dim: int, device: str) -> Problem:
         torch.manual_seed(0)
         shapes = [(case.heads, case.q_len), *2 * [(case.kv_heads, case.k_len)]]
         shapes.append((case.heads, case.q_len))
-        q, k, v, dout = (torch.randn(1, h, n, head_dim).to(dtype) for h, n in shapes)
-        begin, end = (x.to(torch.int32) for x in case.mask.intervals(case.q_len, case.k_len))
+        q, k, v, dout = (torch.randn(1, h, n, head_dim).to(device, dtype) for h, n in shapes)
+        begin, end = (
+            x.to(device, torch.int32) for x in case.mask.intervals(case.q_len, case.k_len)
+        )
         return cls(q, k, v, dout, begin, end, case, name)
 
     @property
@@ -170,7 +186,7 @@ class Problem:
     def ours(self) -> dict[str, Callable[[], object]]:
         ring, case = torch.ops.ring_attention, self.case
         q, k, v = self.q, self.k, self.v
-        sinks = torch.zeros(case.heads) if case.sinks else None
+        sinks = torch.zeros(case.heads, device=q.device) if case.sinks else None
         rest = (self.begin, self.end, sinks, self.scale, case.softcap)
         out, lse = ring.forward(q, k, v, *rest)
         return {
@@ -186,7 +202,7 @@ class Problem:
         causal = self.name == "causal"
         dense = None
         if not causal and not isinstance(case.mask, Full):
-            dense = case.mask.dense(case.q_len, case.k_len)[:, None]
+            dense = case.mask.dense(case.q_len, case.k_len)[:, None].to(self.q.device)
         leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
 
         def sdpa(*qkv: Tensor) -> Tensor:
@@ -206,16 +222,17 @@ class Problem:
 
 def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: str) -> list[Row]:
     def problem_of(name: str) -> Problem:
-        return Problem.make(name, case_named(name, args.length, args.heads), dtype, head_dim)
+        case = case_named(name, args.length, args.heads)
+        return Problem.make(name, case, dtype, head_dim, args.device)
 
     problem = problem_of(name)
     ours = problem.ours()
     theirs = problem.torchs(ours["forward"])
-    touched = tiles_touched(problem.begin, problem.end, problem.case.k_len)
+    touched = tiles_touched(problem.begin.cpu(), problem.end.cpu(), problem.case.k_len)
     decoding, short = name.startswith("decode"), name.startswith("short")
     full = None if decoding or short or name == "full" else problem_of("full")
     fulls = full.ours() if full else {}
-    memory = torch.ones(1 << 27) if decoding else torch.ones(1)
+    memory = torch.ones(1 << 27 if decoding else 1, device=args.device)
     rows = []
     for direction in args.direction:
         work = problem.flops(direction, touched)
@@ -225,10 +242,12 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: s
         for _ in range(args.rounds):
             rounds.append(
                 Round(
-                    peak=ops.peak_flops(dtype, 0.03),
-                    ours_s=timed(ours[direction], repeats),
-                    torch_s=timed(theirs[direction], repeats) if direction in theirs else None,
-                    full_s=timed(fulls[direction]) if fulls else None,
+                    peak=peak_flops(dtype, args.device),
+                    ours_s=timed(ours[direction], repeats, args.device),
+                    torch_s=timed(theirs[direction], repeats, args.device)
+                    if direction in theirs
+                    else None,
+                    full_s=timed(fulls[direction], 1, args.device) if fulls else None,
                     bandwidth=read_bandwidth(memory) if decoding else None,
                 )
             )
@@ -283,7 +302,9 @@ def line(row: Row) -> str:
     )
 
 
-def processor() -> str:
+def processor(device: str) -> str:
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
@@ -296,6 +317,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=comma, default=["1", "2"])
     parser.add_argument("--dtype", type=comma, default=["bfloat16", "float32"])
     parser.add_argument("--head-dim", type=comma, default=["64", "128"])
@@ -305,13 +327,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            parser.error("expected a GPU for --device cuda, torch sees none")
+        args.threads = ["1"]
+    return args
 
 
 def main() -> None:
     args = arguments()
     print(
-        f"{processor()}, {ops.isa_name()}, torch {torch.__version__}, "
+        f"{processor(args.device)}, {ops.isa_name()}, torch {torch.__version__}, "
         f"B=1 H={args.heads} N={args.length}, {args.rounds} rounds, GFLOP/s\n"
     )
     print(
@@ -328,7 +355,11 @@ def main() -> None:
                         rows.append(row)
                         print(line(row), flush=True)
     if args.json:
-        machine = {"processor": processor(), "isa": ops.isa_name(), "torch": torch.__version__}
+        machine = {
+            "processor": processor(args.device),
+            "isa": ops.isa_name(),
+            "torch": torch.__version__,
+        }
         args.json.write_text(
             json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
         )

@@ -3,6 +3,7 @@
 
     python benchmarks/ring.py                           # the table
     python benchmarks/ring.py --json ring.json          # and as JSON
+    torchrun --nproc-per-node 8 benchmarks/ring.py --device cuda --tokens 8192 --heads 32
 
 Ranks are gloo processes of one thread each, on one machine. In every round the ring runs, then the
 peer's ring, then rank 0 alone with P threads on the whole sequence, while the others sleep. So
@@ -10,6 +11,9 @@ efficiency = alone / ring carries what the ring costs: messages, packing, waitin
 By the clock a rank that the machine holds up holds up the ring; by CPU time it does not, but then
 waiting does not count either.
 Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one.
+
+With --device cuda the ranks are those of torchrun, a GPU each, over NCCL. What is alone is one GPU
+then, so efficiency = alone / (P ring); and the host waits for nothing, so waiting says nothing.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,7 +57,9 @@ class Problem:
         gen = torch.Generator().manual_seed(0)
         length = self.tokens_per_rank * world_size
         return [
-            torch.randn(1, heads, length, self.head_dim, generator=gen).to(DTYPES[self.dtype])
+            torch.randn(1, heads, length, self.head_dim, generator=gen).to(
+                device(), DTYPES[self.dtype]
+            )
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         ]
 
@@ -75,17 +82,28 @@ class Seconds:
 Contestant = Callable[[], Seconds]
 
 
+def device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def finished(alone: bool) -> None:
+    """Returns when this rank's work is done and, not alone, that of all."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    if not alone:
+        dist.barrier()
+
+
 def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, alone: bool) -> Seconds:
-    barrier = (lambda: None) if alone else dist.barrier
-    barrier()
+    finished(alone)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     out = call()
-    barrier()
+    finished(alone)
     middle_s, middle_cpu_s = time.perf_counter(), time.process_time()
     torch.autograd.grad(out, inputs, dout)
-    barrier()
+    finished(alone)
     end_s, end_cpu_s = time.perf_counter(), time.process_time()
-    cpu_s = torch.tensor([middle_cpu_s - start_cpu_s, end_cpu_s - middle_cpu_s])
+    cpu_s = torch.tensor([middle_cpu_s - start_cpu_s, end_cpu_s - middle_cpu_s], device=device())
     if not alone:
         dist.all_reduce(cpu_s)
     return Seconds(middle_s - start_s, end_s - middle_s, 0.0, *cpu_s.tolist())
@@ -105,7 +123,10 @@ def ring(problem: Problem) -> Contestant:
             seconds = timed(
                 lambda: ra.attention(q, k, v, plan=made, group=group), inputs, dout, alone=False
             )
-        waited_s = torch.tensor(sum(e.end_s - e.start_s for e in events if e.name == "wait"))
+        # On CUDA the host waits for nothing: what the trace sees is not the GPU's waiting.
+        waited_s = torch.tensor(
+            sum(e.end_s - e.start_s for e in events if e.name == "wait"), device=device()
+        )
         dist.all_reduce(waited_s, dist.ReduceOp.MAX)
         return replace(seconds, waiting=float(waited_s))
 
@@ -171,19 +192,26 @@ def one_process(problem: Problem) -> Contestant:
 def serve(rank: int, world_size: int, store: str, problem: Problem, options: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    rounds = compete(problem, options)
+    if rank == 0:
+        Path(f"{store}.json").write_text(json.dumps(rounds))
+    dist.destroy_process_group()
+
+
+def compete(problem: Problem, options: Any) -> list[dict[str, dict[str, float]]]:
     contestants = {"ring": ring(problem), "alone": one_process(problem)}
     if options.peer and (peer := peer_ring(problem)):
         contestants["peer"] = peer
     rounds = []
     for _ in range(1 + options.rounds):
         rounds.append({name: asdict(run()) for name, run in contestants.items()})
-    if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(rounds[1:]))  # the first one warms up
-    dist.destroy_process_group()
+    return rounds[1:]  # the first one warms up
 
 
 def measure(world_size: int, problem: Problem, options: Any) -> list[dict[str, Seconds]]:
     """The rounds, each with the contestants that ran."""
+    if options.device == "cuda":
+        return [{n: Seconds(**s) for n, s in r.items()} for r in compete(problem, options)]
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         mp.spawn(serve, (world_size, store, problem, options), nprocs=world_size)
@@ -226,10 +254,20 @@ def main() -> None:
         help=f"leave out {PEER} (pip install {PEER}==0.5.20)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rounds as JSON")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if options.device == "cuda":
+        if "LOCAL_RANK" not in os.environ:
+            parser.error("expected torchrun with --device cuda: one rank per GPU")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        options.ranks, options.peer = [dist.get_world_size()], False
+        if dist.get_rank() != 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
-        f"{platform.machine()}, torch {torch.__version__}, kernels: {ra.isa_name()}, ranks of one "
+        f"{machine}, torch {torch.__version__}, kernels: {ra.isa_name()}, ranks of one "
         f"thread, H={options.heads} G={options.kv_heads} D={options.head_dim}, "
         f"{options.rounds} rounds\n"
     )
@@ -248,17 +286,21 @@ def main() -> None:
             | {"rounds": [{name: asdict(s) for name, s in r.items()} for r in rounds]}
         )
         work = flops(problem, size)
+        # Alone is one GPU, not as many as there are ranks.
+        per_gpu = 1 / size if options.device == "cuda" else 1.0
         peer = [r["peer"].total / r["ring"].total for r in rounds if "peer" in r]
 
-        def percent(share: Callable[[dict[str, Seconds]], float], rounds: Any = rounds) -> str:
-            return f"{100 * median(map(share, rounds)):4.0f}%"
+        def percent(
+            share: Callable[[dict[str, Seconds]], float], of: float = 1.0, rounds: Any = rounds
+        ) -> str:
+            return f"{100 * of * median(map(share, rounds)):4.0f}%"
 
         print(
             f"{size:5d} {tokens:11d} {dtype:5} {mask:7}"
             f"{work / min(r['ring'].forward for r in rounds) / 1e9:12.0f}"
             f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}           "
-            + percent(lambda r: r["alone"].forward / r["ring"].forward)
-            + percent(lambda r: r["alone"].backward / r["ring"].backward)
+            + percent(lambda r: r["alone"].forward / r["ring"].forward, per_gpu)
+            + percent(lambda r: r["alone"].backward / r["ring"].backward, per_gpu)
             + "    "
             + percent(lambda r: r["alone"].cpu_forward / r["ring"].cpu_forward)
             + percent(lambda r: r["alone"].cpu_backward / r["ring"].cpu_backward)
@@ -272,9 +314,13 @@ def main() -> None:
         f"the worst rank's share.\nvs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
         "or raises for the dtype)."
     )
+    if options.device == "cuda" and dist.get_rank() != 0:
+        options.json = None
     if options.json:
         about = {"date": str(date.today()), "torch": torch.__version__, "isa": ra.isa_name()}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=1))
+    if options.device == "cuda":
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

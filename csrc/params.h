@@ -80,6 +80,20 @@ struct BackwardParams : AttentionParams {
   const void* lse = nullptr;    // [batch, heads, q_len], state dtype, contiguous; includes the sink
   const void* delta = nullptr;  // [batch, heads, q_len], state dtype, contiguous
   void* dq = nullptr;  // [batch, heads, q_len, head_dim], state dtype, contiguous, accumulated into
+  // The same bits every time. Otherwise kernels may sum in any order, where that is faster.
+  bool deterministic = true;
+};
+
+// delta = rowsum(out dout) - dlse, what the backward subtracts from dP.
+struct DeltaParams {
+  DType dtype = DType::kFloat32;  // of out and dout
+  int64_t batch = 0, heads = 0, q_len = 0, v_head_dim = 0;
+  const void* out = nullptr;  // [batch, heads, q_len, v_head_dim]
+  Strides out_stride;
+  const void* dout = nullptr;
+  Strides dout_stride;
+  const void* dlse = nullptr;  // [batch, heads, q_len], state dtype, contiguous; null = 0
+  void* delta = nullptr;       // [batch, heads, q_len], state dtype, contiguous
 };
 
 // How a kernel runs its tasks on the caller's threads. `run` calls body(context, task) once for

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICES = ("cpu", "meta")
+# Those that kernels are registered for; ops.py adds "cuda" when it has loaded them.
+DEVICES = ["cpu", "meta"]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -186,6 +187,7 @@ def output(op: str, out: Tensor) -> None:
     _bhsd(op, "out", out)
     _dtype(op, "out", out, DTYPES, "pass the out of forward")
     device(op, "out", out, out)
+    head_dim(op, "out", out)
 
 
 def gradient_of_lse(op: str, dlse: Tensor, q: Tensor) -> None:
@@ -201,7 +203,14 @@ def device(op: str, name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         refuse(op, f"{name}.device == {q.device}", x.device, "move all inputs to one device")
     if x.device.type not in DEVICES:
-        refuse(op, f"{name} on the CPU", x.device, "there are no kernels for this device")
+        names = " or ".join(kind for kind in DEVICES if kind != "meta")
+        remedy = "there are no kernels for this device in this build"
+        if x.device.type == "cuda":
+            remedy += "; install with RING_ATTENTION_CUDA=1 and nvcc"
+        refuse(op, f"{name}.device of type {names}", x.device, remedy)
+    if x.device.type == "cuda" and x.dtype == torch.float64:
+        expected = f"ring_attention.{op}: expected {name}.dtype float32 or bfloat16 or float16"
+        raise TypeError(f"{expected} on CUDA, got float64; compute it on the CPU")
 
 
 def no_grad(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:

@@ -117,7 +117,7 @@ def _attend(
         plan = _plan_for(where, q, k, mask, transport, *layouts)
     _check_shards(where, plan, transport, q, k)
     if transport.size == 1:
-        key_begin, key_end = plan.intervals(0)
+        key_begin, key_end = plan.intervals(0, q.device)
         return ops.forward(q, k, v, key_begin, key_end, sinks, scale, softcap)
     return torch.ops.ring_attention.ring_forward(
         q, k, v, sinks, plan.handle, scale, softcap, transport.name
@@ -235,8 +235,7 @@ def agree(plan: Plan, group: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
     fields = _agreed_fields(plan, q, k, v)
     agreement.check(transport, {"call": "agree", **fields})
     transport.book.agreed[plan.digest] = fields
-    if q.device.type != "cpu":  # NCCL: the first batch on a group must include all its ranks
-        transport.sum_(torch.zeros(1, device=q.device))
+    transport.warm_up(q.device)
 
 
 def _check_agreement(
@@ -248,6 +247,7 @@ def _check_agreement(
     agreed = transport.book.agreed.get(plan.digest)
     if agreed is None:
         agreement.check(transport, {"call": call, **fields})
+        transport.warm_up(q.device)
         return
     for name, value in fields.items():
         if agreed[name] != value:

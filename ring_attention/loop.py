@@ -43,7 +43,7 @@ def forward(
     acc, m, l = ops.empty_state(q, v) if len(launches) > 1 else (None, None, None)  # noqa: E741
 
     def fold(origins: Sequence[int], first: bool, last: bool) -> None:
-        intervals = [plan.intervals(origin) for origin in origins]
+        intervals = [plan.intervals(origin, q.device) for origin in origins]
         ops.block_forward_(
             q,
             [blocks[origin].k for origin in origins],
@@ -108,9 +108,7 @@ def backward(
 
     def fold(origins: Sequence[int], step: int, keys: tuple[int, int] | None = None) -> None:
         computing = trace.begin("compute", "backward", transport, step)
-        intervals = [plan.intervals(origin) for origin in origins]
-        if keys is not None:
-            intervals = [(b.clamp(min=keys[0]), e.clamp(max=keys[1])) for b, e in intervals]
+        intervals = [plan.intervals(origin, q.device, keys) for origin in origins]
         into = [gradients.of(origin, blocks[origin].rows) for origin in origins]
         ops.block_backward_(
             q,

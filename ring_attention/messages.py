@@ -157,7 +157,7 @@ def _pack(transport: Transport, pair: Pair, transfer: Transfer) -> Lease:
     lease = transport.pool.lease(pair.numel(count), pair.k)
     k, v = split(lease.flat, pair.k, pair.v, count)
     if transfer.num_ranges > FEW_RANGES:
-        rows = transfer.index().to(pair.k.device)
+        rows = transfer.index(pair.k.device)
         torch.index_select(pair.k, 2, rows, out=k)
         torch.index_select(pair.v, 2, rows, out=v)
         return lease
@@ -241,7 +241,7 @@ class Gradients:
 
 def _add_rows(into: Pair, transfer: Transfer, pair: Pair) -> None:
     if transfer.num_ranges > FEW_RANGES:
-        rows = transfer.index().to(pair.k.device)
+        rows = transfer.index(pair.k.device)
         into.k.index_add_(2, rows, pair.k)
         into.v.index_add_(2, rows, pair.v)
         return

@@ -7,7 +7,8 @@ a few K/V blocks into `(acc, m, l)`, `block_backward_` adds their gradients, `co
 states, `finish_` turns a state into `(out, lse)`. They are not differentiable and refuse tensors
 that require grad.
 
-S is the state's dtype: float32, and float64 for float64 inputs. Masks are intervals: row i of
+S is the state's dtype: float32, and float64 for float64 inputs (on the CPU; CUDA has no kernels
+for them). Masks are intervals: row i of
 sample b sees key j of a block iff key_begin[n, b, i] <= j < key_end[n, b, i] for some n (int32
 [n, batch or 1, q_len], any strides; bounds outside [0, k_len] are clamped; the intervals of a row
 are disjoint). The mathematics is in `ring_attention.reference`.
@@ -27,22 +28,29 @@ from ring_attention import checks
 from ring_attention.checks import state_dtype
 
 
-def _load() -> None:
-    folder = Path(__file__).parent
-    libraries = sorted(folder.glob("_C*.so"))
-    remedy = "build it with `pip install .` or `python setup.py build_ext --inplace`"
+def _load(name: str) -> bool:
+    """Loads a library of this package; False where there is none."""
+    libraries = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not libraries:
-        raise ImportError(f"ring_attention: expected {folder}/_C*.so, found none; {remedy}")
+        return False
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
         raise ImportError(
             f"ring_attention: could not load {libraries[0]} with torch {torch.__version__} "
-            f"({error}); it needs torch >= 2.11, otherwise {remedy}"
+            f"({error}); it needs torch >= 2.11, otherwise {_BUILD}"
         ) from error
+    return True
 
 
-_load()
+_BUILD = "build it with `pip install .` or `python setup.py build_ext --inplace`"
+if not _load("_C"):
+    raise ImportError(
+        f"ring_attention: expected {Path(__file__).parent}/_C.*so, found none; {_BUILD}"
+    )
+# Its kernels register for CUDA, so it needs a torch that knows CUDA; a GPU it needs only to run.
+if torch.version.cuda is not None and _load("_C_cuda"):
+    checks.DEVICES.append("cuda")
 _ops = torch.ops.ring_attention
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _planner
+from .device_copy import DeviceCopy
 from .layout import Layout
 from .mask_algebra import Mask, at_least, refuse
 from .registry import register
@@ -50,17 +51,29 @@ class Transfer:
     hop: int
     due: int
     ranges: _planner.Ranges = field(repr=False, compare=False)
+    _index: dict[torch.device, DeviceCopy] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
         """The rows as ascending (begin, end) ranges; never empty."""
         return self.ranges.tuples()
 
-    def index(self) -> Tensor:
-        """The rows one by one, int64 [num_rows]: quicker than thousands of ranges."""
+    def index(self, device: torch.device | None = None) -> Tensor:
+        """The rows one by one, int64 [num_rows]: quicker than thousands of ranges.
+
+        On the CPU, or kept for the next call on another device.
+        """
+        on_cpu = device is None or device.type == "cpu"
+        if not on_cpu and device in self._index:
+            return self._index[device].get()
         index = torch.empty(self.num_rows, dtype=torch.int64)
         self.ranges.fill(index.data_ptr())
-        return index
+        if on_cpu:
+            return index
+        assert device is not None
+        return self._index.setdefault(device, DeviceCopy(index, device)).get()
 
     @property
     def num_rows(self) -> int:
@@ -131,27 +144,45 @@ def _step(step: _planner.Step) -> Step:
     )
 
 
+_CPU = torch.device("cpu")
+# An origin, a device, a range of keys.
+_Key = tuple[int, torch.device, tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class _Cached:
+    copy: DeviceCopy
+    begin: Tensor  # views of the copy
+    end: Tensor
+
+
 class _Cache:
-    """Tensors by origin, least recently used first out; shared by the threads of a process."""
+    """Intervals, least recently used first out; shared by the threads of a process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pairs: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self.kept: OrderedDict[_Key, _Cached] = OrderedDict()
 
-    def get(self, origin: int) -> tuple[Tensor, Tensor] | None:
+    def get(self, key: _Key) -> tuple[Tensor, Tensor] | None:
         with self.lock:
-            if origin in self.pairs:
-                self.pairs.move_to_end(origin)
-            return self.pairs.get(origin)
+            if key not in self.kept:
+                return None
+            self.kept.move_to_end(key)
+            cached = self.kept[key]
+            cached.copy.get()
+            return cached.begin, cached.end
 
-    def put(self, origin: int, pair: tuple[Tensor, Tensor]) -> None:
+    def put(self, key: _Key, both: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        copy = DeviceCopy(both, key[1])
+        begin, end = copy.get().expand(*both.shape[:3], rows)
         with self.lock:
-            self.pairs[origin] = pair
-            while len(self.pairs) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
-                self.pairs.popitem(last=False)
+            self.kept[key] = _Cached(copy, begin, end)
+            while len(self.kept) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
+                self.kept.popitem(last=False)
+        return begin, end
 
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for pair in self.pairs.values() for t in pair)
+        return sum(cached.copy.nbytes for cached in self.kept.values())
 
 
 @dataclass(frozen=True)
@@ -179,30 +210,42 @@ class Plan:
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
     _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
-    def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
+    def intervals(
+        self,
+        origin: int,
+        device: torch.device = _CPU,
+        keys: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """What the own query rows see of a block that this rank folds.
 
         Rows count from the block as held (see Step), so kernels can take them as they are. Kept for
         the next call, up to INTERVAL_CACHE_BYTES per plan.
 
+        Args:
+            origin: whose block.
+            device: where the intervals are wanted; moved there once, without a wait on the host.
+            keys: only these keys of the block, [begin, end).
+
         Returns:
-            key_begin, key_end: int32 [n, B or 1, q_len] on the CPU, ``begin == end`` for a row that
-            sees nothing; expanded (stride 0) if all rows are alike.
+            key_begin, key_end: int32 [n, B or 1, q_len], ``begin >= end`` for a row that sees
+            nothing; expanded (stride 0) if all rows are alike.
         """
-        cached = self._cache.get(origin)
+        key = origin, device, keys
+        cached = self._cache.get(key)
         if cached is not None:
             return cached
         if origin not in self._held:
             refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
         view = self._reads.key_intervals(self.rank, origin, self._held[origin])
-        samples, rows = self._samples, self.q_layout.sizes[self.rank]
-        both = torch.empty(2, view.most, samples, view.rows, dtype=torch.int32)
+        rows = self.q_layout.sizes[self.rank]
+        both = torch.empty(2, view.most, self._samples, view.rows, dtype=torch.int32)
         used = view.fill(both[0].data_ptr(), both[1].data_ptr())
         if used < view.most:
             both = both[:, :used].clone()
-        begin, end = both.expand(2, used, samples, rows)
-        self._cache.put(origin, (begin, end))
-        return begin, end
+        if keys is not None:
+            both[0].clamp_(min=keys[0])
+            both[1].clamp_(max=keys[1])
+        return self._cache.put(key, both, rows)
 
     def own_split(self, kv_itemsize: int, grad_itemsize: int) -> int:
         """How many rows of the own key block the backward folds first; the others come last.

@@ -69,6 +69,7 @@ class CallBook:
 
     calls: int = 0
     poison: str | None = None
+    warm: set[torch.device] = field(default_factory=set)  # devices whose communicator is up
     agreed: dict[int, dict[str, str]] = field(default_factory=dict)  # plan digest -> fields
 
 
@@ -109,6 +110,15 @@ class Transport(ABC):
     @abstractmethod
     def sum_(self, x: Tensor) -> None:
         """Sums x over the ranks in place."""
+
+    def warm_up(self, device: torch.device) -> None:
+        """Collective, once per device: NCCL's first call on a group must include all its ranks.
+
+        A hop's messages may be of some ranks only.
+        """
+        if device.type != "cpu" and device not in self.book.warm:
+            self.sum_(torch.zeros(1, device=device))
+            self.book.warm.add(device)
 
 
 class _Works(Pending):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from conftest import ON_VIRTUAL_GPU
 from ring_attention import ops, reference
 
 OPS = torch.ops.ring_attention
@@ -37,6 +38,14 @@ Interval = tuple[Tensor, Tensor]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_low = pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def long(length: int, on_virtual_gpu: int) -> int:
+    """A length that has to exceed tiles, or what the CPU's kernels cut work into.
+
+    The virtual GPU needs milliseconds for a tile: there the tiles are what has to be exceeded.
+    """
+    return on_virtual_gpu if ON_VIRTUAL_GPU else length
 
 
 # --- masks as intervals: int32 [n, batch or 1, q_len] -----------------------------------------
@@ -393,7 +402,7 @@ def test_error_is_at_most_twice_torchs(mask: Any, head_dim: int, dtype: torch.dt
 @each_low
 def test_many_tiles(dtype: torch.dtype) -> None:
     """Longer than any tile or chunk of the kernels, and no multiple of one."""
-    lengths = {"q_len": 523, "k_len": 775}
+    lengths = {"q_len": long(523, 267), "k_len": long(775, 331)}
     assert_matches_reference(
         problem(dtype, first_and_window, batch=1, heads=2, kv_heads=1, head_dim=40, **lengths)
     )
@@ -404,7 +413,7 @@ def test_many_tiles(dtype: torch.dtype) -> None:
 @each_mask
 def test_many_chunks(mask: Any, dtype: torch.dtype) -> None:
     """The backward's pairs of chunks, heads of a group that end within a pass of panels."""
-    lengths = {"q_len": 601, "k_len": 771}
+    lengths = {"q_len": long(601, 141), "k_len": long(771, 203)}
     assert_matches_reference(problem(dtype, mask, batch=2, heads=2, kv_heads=1, **lengths))
 
 
@@ -413,9 +422,10 @@ def test_many_chunks(mask: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("q_len", [1, 3, 70])
 def test_few_queries_against_many_keys(q_len: int, dtype: torch.dtype) -> None:
     """Keys split into parts, whose states are combined; alone and carried from fold to fold."""
-    p = problem(dtype, bottom_right, q_len=q_len, k_len=4500, head_dim=40, sinks=True)
+    k_len = long(4500, 1300)
+    p = problem(dtype, bottom_right, q_len=q_len, k_len=k_len, head_dim=40, sinks=True)
     assert_matches_reference(p)
-    kv = blocks(p, (2100, 2103))
+    kv = blocks(p, (k_len // 2, k_len // 2 + 3))
     for groups in ([kv], [kv[:1], kv[1:]], [kv[:2], kv[2:], []]):
         assert_matches_reference(p, folded(p, groups))
 
@@ -574,7 +584,7 @@ def test_influence(mask: Any, dtype: torch.dtype) -> None:
     """Changing a key changes the rows that see it, and not a bit of the others."""
     p = problem(dtype, mask, q_len=45, k_len=71)
     before = ours(p)
-    for j in (0, 5, 33, 44, 70):
+    for j in (5, 44) if ON_VIRTUAL_GPU else (0, 5, 33, 44, 70):
         k, v = p.k.clone(), p.v.clone()
         k[:, :, j], v[:, :, j] = -100 * k[:, :, j], 1000 + v[:, :, j]
         after = ours(replace(p, k=k, v=v))
@@ -617,7 +627,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 def test_scratch_of_earlier_calls_does_not_matter(dtype: torch.dtype) -> None:
     p = problem(dtype, padded, q_len=75, k_len=131, head_dim=72)
     before = ours(p)
-    nan = problem(dtype, full, q_len=300, k_len=300, head_dim=136)
+    nan = problem(dtype, full, q_len=long(300, 140), k_len=long(300, 140), head_dim=136)
     ours(replace(nan, q=torch.full_like(nan.q, math.nan), v=torch.full_like(nan.v, math.nan)))
     for a, b in zip(before, ours(p), strict=True):
         assert torch.equal(a, b)
@@ -898,12 +908,13 @@ def test_invariants(mask: Any, dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_dtype
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    p = problem(dtype, first_and_window, batch=1, q_len=531, k_len=1100, sinks=True)
-    cut = [[b] for b in blocks(p, (400, 411))]
+    lengths = {"q_len": long(531, 150), "k_len": long(1100, 300)}
+    p = problem(dtype, first_and_window, batch=1, sinks=True, **lengths)
+    cut = [[b] for b in blocks(p, (lengths["k_len"] // 3, lengths["k_len"] // 3 + 11))]
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3, 1, 3):
+        for count in (1, 2) if ON_VIRTUAL_GPU else (1, 2, 3, 1, 3):
             torch.set_num_threads(count)
             results.append([*ours(p), *folded(p, cut), *gradients(p, cut)])
     finally:
@@ -942,7 +953,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, list[int]]:
 
 @pytest.mark.isa
 @given(problems())
-@settings(max_examples=60)
+@settings(max_examples=long(60, 15))
 def test_any_problem(drawn: tuple[Problem, list[int]]) -> None:
     p, cuts = drawn
     assert_matches_reference(p)

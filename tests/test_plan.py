@@ -502,14 +502,33 @@ def test_interval_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     p = plan(Causal(), Striped(4096, 8), rank=7)
     one = p.intervals(0)
     assert p.intervals(0)[0] is one[0]
-    each = one[0].untyped_storage().nbytes() + one[1].untyped_storage().nbytes()
+    each = one[0].untyped_storage().nbytes()  # of begin and end
     monkeypatch.setattr(plan_module, "INTERVAL_CACHE_BYTES", 3 * each)
     for origin in range(8):
         p.intervals(origin)
-    kept = [origin for origin in range(8) if p._cache.get(origin) is not None]
-    assert kept == [5, 6, 7]
+    assert [origin for origin, _, _ in p._cache.kept] == [5, 6, 7]
     again = p.intervals(0)
     assert again[0] is not one[0] and torch.equal(again[0], one[0])
+
+
+def test_intervals_and_rows_are_moved_to_a_device_once() -> None:
+    p = plan(Causal(), Striped(4096, 8), rank=7)
+    device = torch.device("meta")
+    begin, end = p.intervals(0, device)
+    assert begin.device == end.device == device and begin.shape == p.intervals(0)[0].shape
+    assert p.intervals(0, device)[0] is begin and p.intervals(0)[0].device.type == "cpu"
+    transfer = p.steps[0].sends[0]
+    assert transfer.index(device) is transfer.index(device)
+    assert transfer.index().device.type == "cpu"
+
+
+def test_intervals_of_some_keys() -> None:
+    p = plan(Causal(), Contiguous(12, 2), rank=0)
+    begin, end = p.intervals(0)
+    for keys in ((0, 2), (2, 6)):
+        some = p.intervals(0, keys=keys)
+        assert torch.equal(some[0], begin.clamp(min=keys[0]))
+        assert torch.equal(some[1], end.clamp(max=keys[1]))
 
 
 def test_digest_is_the_same_everywhere() -> None:

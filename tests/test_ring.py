@@ -74,6 +74,7 @@ def test_exact_on_virtual_ranks(mask: str, layout: str, world_size: int) -> None
     assert_exact(on_virtual_ranks(case, world_size, LAYOUTS[layout](LENGTH, world_size)), case)
 
 
+@pytest.mark.vm
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
 @pytest.mark.parametrize("schedule,world_size", CASES)
 def test_every_schedule_is_exact(schedule: str, world_size: int, mask: str) -> None:
@@ -82,6 +83,7 @@ def test_every_schedule_is_exact(schedule: str, world_size: int, mask: str) -> N
     assert_exact(on_virtual_ranks(case, world_size, layout, SCHEDULES[schedule][world_size]), case)
 
 
+@pytest.mark.vm
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_exact_in_16_bit(dtype: torch.dtype, world_size: int) -> None:
@@ -89,6 +91,7 @@ def test_exact_in_16_bit(dtype: torch.dtype, world_size: int) -> None:
     assert_exact(on_virtual_ranks(case, world_size, Zigzag(LENGTH, world_size)), case)
 
 
+@pytest.mark.vm
 @pytest.mark.parametrize(
     "case",
     [
@@ -118,6 +121,7 @@ def test_more_ranks_than_tokens(layout: str, length: int) -> None:
         assert_exact(got, case)
 
 
+@pytest.mark.vm
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_cross_attention_with_two_layouts(world_size: int) -> None:
     case = Case(29, k_len=LENGTH, mask=Causal(bottom_right=True))
@@ -171,6 +175,7 @@ def test_processes_and_virtual_ranks_agree_to_the_bit(pools, schedule: str, mask
 # --- Error, repeatability, bytes, memory ----------------------------------------------------------
 
 
+@pytest.mark.vm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_flat_in_ring_size(dtype: torch.dtype) -> None:
     """One rounding at the end, however many blocks were folded: 16-bit partials would double it."""

@@ -8,6 +8,9 @@
 
 #include "isa.h"
 #include "kernels.h"
+#ifdef RA_PTXVM
+#include "isa_ptx.h"
+#endif
 
 namespace ring_attention::cpu {
 namespace {
@@ -15,7 +18,11 @@ namespace {
 bool always() { return true; }
 
 constexpr Isa kIsas[] = {
-#ifdef RA_X86
+#if defined(RA_PTXVM)
+    {"ptx-sm80", ptx_sm80::supported, ptx_sm80::recommended, ptx_sm80::forward, ptx_sm80::backward,
+     ptx_sm80::peak_flops, 16, ptx_sm80::combine, ptx_sm80::finish, ptx_sm80::delta,
+     ptx_sm80::sink_gradient},
+#elif defined(RA_X86)
     {"amx", amx::supported, always, amx::forward, amx::backward, amx::peak_flops},
     {"avx512_bf16", avx512_bf16::supported, avx512_bf16::recommended, avx512_bf16::forward,
      avx512_bf16::backward, avx512_bf16::peak_flops},

@@ -89,6 +89,12 @@ RA_INLINE __m512 unpack_high(__m512 x, __m512 y) {
   return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
 }
 
+// Neighbouring 128-bit lanes of low, then of high, added.
+RA_INLINE __m512 add_lane_pairs(__m512 low, __m512 high) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                       _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+
 RA_INLINE Vec512 sums_of_lanes(const Vec512 (&x)[16]) {
   __m512 a[8], b[4];
 #pragma GCC unroll 8
@@ -100,11 +106,7 @@ RA_INLINE Vec512 sums_of_lanes(const Vec512 (&x)[16]) {
   for (int i = 0; i < 4; ++i) {
     b[i] = _mm512_add_ps(unpack_low(a[2 * i], a[2 * i + 1]), unpack_high(a[2 * i], a[2 * i + 1]));
   }
-  const auto halves = [](__m512 low, __m512 high) __attribute__((always_inline)) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
-                         _mm512_shuffle_f32x4(low, high, 0xdd));
-  };
-  return {halves(halves(b[0], b[1]), halves(b[2], b[3]))};
+  return {add_lane_pairs(add_lane_pairs(b[0], b[1]), add_lane_pairs(b[2], b[3]))};
 }
 
 // A 16 x 16 block of 32-bit units of any type.

@@ -80,6 +80,27 @@ void combine_rows(int64_t rows, int64_t dim, void* acc, void* m, void* l, const 
   });
 }
 
+// One head is one task and one fixed order of additions.
+template <typename State>
+void sink_gradients(const void* sinks, const void* lse, const void* delta, void* dsinks,
+                    int64_t batch, int64_t heads, int64_t q_len, const Parallel& parallel) {
+  const auto* lse_rows = static_cast<const State*>(lse);
+  const auto* delta_rows = static_cast<const State*>(delta);
+  parallel(heads, [&](int64_t head) {
+    const double sink = static_cast<const State*>(sinks)[head];
+    double sum = 0;
+    // A sink of -inf is none, and its rows may have lse = -inf: (-inf) - (-inf) would give NaN.
+    const int64_t samples = std::isinf(sink) ? 0 : batch;
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      const int64_t row = (sample * heads + head) * q_len;
+      for (int64_t i = row; i < row + q_len; ++i) {
+        sum -= std::exp(sink - lse_rows[i]) * delta_rows[i];
+      }
+    }
+    static_cast<State*>(dsinks)[head] = static_cast<State>(sum);
+  });
+}
+
 }  // namespace
 
 void combine(DType state, int64_t rows, int64_t v_head_dim, void* acc, void* m, void* l,
@@ -101,6 +122,12 @@ void delta(const DeltaParams& params, const Parallel& parallel) {
     for_rows(params.batch * params.heads * params.q_len, parallel,
              [&](int64_t row) { delta_row<Elem>(params, row); });
   });
+}
+
+void sink_gradient(DType state, const void* sinks, const void* lse, const void* delta, void* dsinks,
+                   int64_t batch, int64_t heads, int64_t q_len, const Parallel& parallel) {
+  const auto sum = state == DType::kFloat64 ? sink_gradients<double> : sink_gradients<float>;
+  sum(sinks, lse, delta, dsinks, batch, heads, q_len, parallel);
 }
 
 }  // namespace ring_attention::cpu

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What the backward kernels want to know of each query row, written once per launch in the form
+// they read it in, and the sums of parts. Bound by memory: a thread or a warp per row or tile.
+#pragma once
+
+#include "backward_config.h"
+
+namespace ring_attention::cuda::sm80 {
+
+constexpr int kRowThreads = 256;
+constexpr int kGroupThreads = 32 * 32;
+
+// stats[batch, heads, padded]. lse is scaled to log2 units in double, for two floats hold it.
+__global__ void __launch_bounds__(kRowThreads)
+    row_stats(const __grid_constant__ BackwardCall call) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (index >= call.batch * call.heads * call.padded) return;
+  const int row = static_cast<int>(index % call.padded);
+  RowStats stats{kInfinity, 0.0f, 0.0f, 0.0f};
+  if (row < call.q_len) {
+    const int64_t at = index / call.padded * call.q_len + row;
+    const float lse = call.lse[at];
+    if (lse != -kInfinity) {
+      const double log2 = lse * 1.44269504088896340736;
+      stats.lse = static_cast<float>(log2);
+      stats.lse_low = isinf(stats.lse) ? 0.0f : static_cast<float>(log2 - stats.lse);
+      stats.delta = call.delta[at];
+    }
+  }
+  call.stats[index] = stats;
+}
+
+RA_DEVICE RowsRange united(RowsRange range) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    range.add({__shfl_xor_sync(kAllLanes, range.begin, lanes),
+               __shfl_xor_sync(kAllLanes, range.end, lanes),
+               __shfl_xor_sync(kAllLanes, range.full_begin, lanes),
+               __shfl_xor_sync(kAllLanes, range.full_end, lanes)});
+  }
+  return range;
+}
+
+// intervals[runs, batch, padded], ranges and groups: a warp per tile, a block of threads per group.
+// Rows beyond the last one see nothing, and make no tile partial.
+__global__ void __launch_bounds__(kGroupThreads)
+    key_ranges(const __grid_constant__ BackwardCall call) {
+  __shared__ RowsRange of_tiles[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tile = static_cast<int>(blockIdx.x % call.tile_groups()) * 32 + warp;
+  const int64_t rest = blockIdx.x / call.tile_groups(), sample = rest % call.batch;
+  const int run = static_cast<int>(rest / call.batch);
+  int block = 0;
+  while (run >= call.first_run[block + 1]) ++block;
+  const KVBlock& b = call.blocks.block[block];
+  const int interval = run - call.first_run[block];
+  const int32_t* begins =
+      b.key_begin + sample * b.begin_stride.batch + interval * b.begin_stride.head;
+  const int32_t* ends = b.key_end + sample * b.end_stride.batch + interval * b.end_stride.head;
+  const int64_t at = (run * call.batch + sample) * call.tiles() + tile;
+  RowsRange range{INT_MAX, 0, 0, INT_MAX};
+  if (tile < call.tiles()) {
+    for (int i = lane; i < call.stream; i += 32) {
+      const int64_t row = static_cast<int64_t>(tile) * call.stream + i;
+      KeyInterval seen{INT_MAX, 0};
+      if (row < call.q_len) {
+        const int begin = max(begins[row * b.begin_stride.row], 0);
+        const int end =
+            static_cast<int>(min(static_cast<int64_t>(ends[row * b.end_stride.row]), b.k_len));
+        if (begin < end) seen = {begin, end};
+        range.add({seen.begin, seen.end, seen.begin, seen.end});
+      }
+      call.intervals[at * call.stream + i] = seen;
+    }
+    range = united(range);
+    if (lane == 0) call.ranges[at] = range;
+  }
+  if (lane == 0) of_tiles[warp] = range;
+  __syncthreads();
+  if (warp != 0) return;
+  range = united(of_tiles[lane]);
+  if (lane == 0) call.groups[blockIdx.x] = range;
+}
+
+// to[i] += partial[0][i] + partial[1][i] + ..., see Note [parts].
+__global__ void __launch_bounds__(kRowThreads)
+    add_parts(float* to, const float* partial, int parts, int64_t stride, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i >= count) return;
+  float sum = partial[i];
+  for (int part = 1; part < parts; ++part) sum += partial[part * stride + i];
+  to[i] += sum;
+}
+
+}  // namespace ring_attention::cuda::sm80

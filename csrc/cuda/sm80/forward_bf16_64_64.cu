@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "forward.cuh"
+
+namespace ring_attention::cuda::sm80 {
+
+template cudaError_t launch_forward<BFloat16, HeadDims<64, 64>>(const ForwardCall&, bool,
+                                                                cudaStream_t);
+
+}  // namespace ring_attention::cuda::sm80

@@ -1,0 +1,477 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The operators, the same for every device: arguments are checked, the structs of params.h filled
+// in, and the device's kernels called. ops.cpp and ops_cuda.cpp instantiate them. Shapes and
+// semantics are documented where users meet them, in ring_attention/ops.py.
+//
+// Note [alignment]. Kernels that address rows in whole vectors say so by `alignment()`, in bytes. A
+// q, k, v, out or dout that is read and has other rows (address, any stride) is copied once; acc,
+// dq, dk and dv that start elsewhere are refused. An out that is written has rows of any alignment.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "expect.h"
+
+namespace ring_attention {
+
+inline Strides strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline void* pointer(const OptionalTensor& tensor) {
+  return tensor ? tensor->mutable_data_ptr() : nullptr;
+}
+
+inline bool has_rows(const AttentionParams& params) {
+  return params.batch > 0 && params.heads > 0 && params.q_len > 0;
+}
+
+// Dense, v_head_dim wide, dimensions in the order of q's strides (an expanded dimension, stride 0,
+// counts as outermost): [B, S, H, D] storage in, [B, S, H, Dv] storage out. Mirrors ops.py.
+inline Tensor empty_output(const Tensor& q, int64_t v_head_dim) {
+  int order[4] = {0, 1, 2, 3};
+  std::stable_sort(order, order + 3, [&](int a, int b) {
+    const auto outermost_if_expanded = [&](int d) {
+      return q.stride(d) == 0 ? std::numeric_limits<int64_t>::max() : q.stride(d);
+    };
+    return outermost_if_expanded(a) > outermost_if_expanded(b);
+  });
+  const int64_t sizes[4] = {q.size(0), q.size(1), q.size(2), v_head_dim};
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(q.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// Gradients are summed in the state's dtype and rounded to their input's dtype once.
+inline Tensor rounded(const Tensor& grad, ScalarType dtype) {
+  return grad.scalar_type() == dtype ? grad : torch::stable::to(grad, dtype);
+}
+
+// One call of an operator, `first` being where it runs. Kernels, a device's, are constructed for
+// `first` and have
+//   alignment()                                  see Note [alignment]; 0: of an element
+//   expect_supported(expect, arg)                refuses a dtype there is no kernel for
+//   forward(params), backward(params), combine(state dtype, ...), finish(params), delta(params),
+//   sink_gradient(state dtype, ...)              as in cpu/kernels.h
+// It owns what had to be copied.
+template <typename Kernels>
+class Call {
+ public:
+  Call(const char* op, const Tensor& first)
+      : kernels_(first), expect_(op, first, kernels_.alignment()) {}
+
+  void fold(const Tensor& q, const Tensors& k, const Tensors& v, const Tensors& key_begin,
+            const Tensors& key_end, const OptionalTensor& sinks, const OptionalTensor& acc,
+            const OptionalTensor& m, const OptionalTensor& l, const OptionalTensor& out,
+            const OptionalTensor& lse, bool first, bool last, double scale, double softcap) {
+    ForwardParams params;
+    params.first = first;
+    params.last = last;
+    set_query(q, scale, softcap, params);
+    const ScalarType state = state_dtype(q);
+
+    expect_(acc.has_value() || (first && last),
+            "acc, m and l unless first and last, got None; allocate a state to carry");
+    expect_(!last || (out.has_value() && lse.has_value()),
+            "out and lse with last, got None; allocate what the last fold writes");
+    const Arg wide = out ? Arg{*out, "out"} : Arg{*acc, "acc"};
+    expect_.bhsd(wide);
+    expect_.head_dim(wide);
+    params.v_head_dim = wide.tensor.size(3);
+    set_state(acc, m, l, state, params);
+    if (last) {
+      expect_.dtype({*out, "out"}, q.scalar_type(), "out has the dtype of q");
+      set_output(*out, *lse, params);
+    }
+    set_blocks(q, k, v, key_begin, key_end, params);
+    if (sinks) {
+      expect_(first, "no sinks unless first, got some; they are part of the initial state");
+      expect_.dense({*sinks, "sinks"}, state, {params.heads}, "[heads]");
+      params.sinks = sinks->const_data_ptr();
+    }
+    if (has_rows(params)) kernels_.forward(params);
+  }
+
+  void accumulate_gradients(const Tensor& q, const Tensor& dout, const Tensor& lse,
+                            const Tensor& delta, const Tensors& k, const Tensors& v,
+                            const Tensors& key_begin, const Tensors& key_end, const Tensor& dq,
+                            const Tensors& dk, const Tensors& dv, double scale, double softcap) {
+    BackwardParams params;
+    set_query(q, scale, softcap, params);
+    const ScalarType state = state_dtype(q);
+    const Arg dout_arg{dout, "dout"};
+    expect_.bhsd(dout_arg);
+    expect_.head_dim(dout_arg);
+    params.v_head_dim = dout.size(3);
+    expect_.dtype(dout_arg, q.scalar_type(), "dout has the dtype of q");
+    expect_.shape(dout_arg, {params.batch, params.heads, params.q_len, params.v_head_dim},
+                  "[batch, heads, q_len, v_head_dim]");
+    const Tensor& dout_rows = keep(dout);
+    params.dout = dout_rows.const_data_ptr();
+    params.dout_stride = strides_of(dout_rows);
+    const auto rows = {params.batch, params.heads, params.q_len};
+    expect_.dense({lse, "lse"}, state, rows, "[batch, heads, q_len]");
+    expect_.dense({delta, "delta"}, state, rows, "[batch, heads, q_len]");
+    expect_.dense({dq, "dq"}, state, {params.batch, params.heads, params.q_len, params.head_dim},
+                  "[batch, heads, q_len, head_dim]");
+    params.lse = lse.const_data_ptr();
+    params.delta = delta.const_data_ptr();
+    params.dq = dq.mutable_data_ptr();
+
+    set_blocks(q, k, v, key_begin, key_end, params);
+    expect_(dk.size() == k.size() && dv.size() == k.size(), "len(dk) and len(dv) == len(k), got ",
+            dk.size(), ", ", dv.size(), " and ", k.size(),
+            "; each block has one entry in every list");
+    for (size_t i = 0; i < dk.size(); ++i) {
+      KVBlock& block = blocks_[i];
+      const auto index = static_cast<int64_t>(i);
+      expect_.dense({dk[i], "dk", index}, state,
+                    {params.batch, params.kv_heads, block.k_len, params.head_dim}, "shaped like k");
+      expect_.dense({dv[i], "dv", index}, state,
+                    {params.batch, params.kv_heads, block.k_len, params.v_head_dim},
+                    "shaped like v");
+      block.dk = dk[i].mutable_data_ptr();
+      block.dv = dv[i].mutable_data_ptr();
+    }
+    expect_.disjoint(dk, dv);
+    if (has_rows(params)) kernels_.backward(params);
+  }
+
+  void combine(const Tensor& acc, const Tensor& m, const Tensor& l, const Tensor& other_acc,
+               const Tensor& other_m, const Tensor& other_l) {
+    const ForwardParams params = state_params(acc, m, l);
+    const ScalarType state = acc.scalar_type();
+    const auto rows = {params.batch, params.heads, params.q_len};
+    expect_.dense({other_acc, "other_acc"}, state,
+                  {params.batch, params.heads, params.q_len, params.v_head_dim}, "shaped like acc");
+    expect_.dense({other_m, "other_m"}, state, rows, "shaped like m");
+    expect_.dense({other_l, "other_l"}, state, rows, "shaped like l");
+    if (!has_rows(params)) return;
+    kernels_.combine(expect_.kernel_dtype({acc, "acc"}), params.batch * params.heads * params.q_len,
+                     params.v_head_dim, params.acc, params.m, params.l, other_acc.const_data_ptr(),
+                     other_m.const_data_ptr(), other_l.const_data_ptr());
+  }
+
+  void finish(const Tensor& acc, const Tensor& m, const Tensor& l, const Tensor& out,
+              const Tensor& lse) {
+    ForwardParams params = state_params(acc, m, l);
+    const Arg arg{out, "out"};
+    expect_.bhsd(arg);
+    params.dtype = supported_dtype(arg);
+    expect_(state_dtype(out) == acc.scalar_type(), "acc.dtype == ", toString(state_dtype(out)),
+            " for out.dtype ", toString(out.scalar_type()), ", got ", toString(acc.scalar_type()),
+            "; states are float32, and float64 for float64 outputs");
+    set_output(out, lse, params);
+    if (has_rows(params)) kernels_.finish(params);
+  }
+
+  Tensor delta(const Tensor& out, const Tensor& dout, const OptionalTensor& dlse) {
+    const Arg out_arg{out, "out"}, dout_arg{dout, "dout"};
+    expect_.bhsd(out_arg);
+    expect_.head_dim(out_arg);
+    expect_.here(dout_arg);
+    DeltaParams params;
+    params.dtype = supported_dtype(out_arg);
+    params.batch = out.size(0);
+    params.heads = out.size(1);
+    params.q_len = out.size(2);
+    params.v_head_dim = out.size(3);
+    expect_.dtype(dout_arg, out.scalar_type(), "dout has the dtype of out");
+    expect_.shape(dout_arg, {params.batch, params.heads, params.q_len, params.v_head_dim},
+                  "shaped like out");
+    const ScalarType state = state_dtype(out);
+    const Tensor out_rows = keep(out), dout_rows = keep(dout);
+    params.out = out_rows.const_data_ptr();
+    params.out_stride = strides_of(out_rows);
+    params.dout = dout_rows.const_data_ptr();
+    params.dout_stride = strides_of(dout_rows);
+    if (dlse) {
+      const Tensor& dense = kept_.emplace_back(torch::stable::contiguous(*dlse));
+      expect_.dense({dense, "dlse"}, state, {params.batch, params.heads, params.q_len},
+                    "[batch, heads, q_len]");
+      params.dlse = dense.const_data_ptr();
+    }
+    const Tensor result =
+        torch::stable::new_empty(out, {params.batch, params.heads, params.q_len}, state);
+    params.delta = result.mutable_data_ptr();
+    if (result.numel() > 0) kernels_.delta(params);
+    return result;
+  }
+
+  Tensor sink_gradient(const Tensor& sinks, const Tensor& lse, const Tensor& delta) {
+    const ScalarType state = lse.scalar_type();
+    expect_(lse.dim() == 3, "lse to have 3 dimensions [batch, heads, q_len], got shape ",
+            shape_of(lse), "; pass the lse of forward");
+    expect_(state == ScalarType::Float || state == ScalarType::Double,
+            "lse.dtype float32 or float64, got ", toString(state), "; pass the lse of forward");
+    const DType dtype = supported_dtype({lse, "lse"});
+    const int64_t batch = lse.size(0), heads = lse.size(1), q_len = lse.size(2);
+    expect_.dense({lse, "lse"}, state, {batch, heads, q_len}, "[batch, heads, q_len]");
+    expect_.dense({delta, "delta"}, state, {batch, heads, q_len}, "[batch, heads, q_len]");
+    expect_.dense({sinks, "sinks"}, state, {heads}, "[heads]");
+    const Tensor grad = torch::stable::new_empty(lse, {heads}, state);
+    if (heads > 0) {
+      kernels_.sink_gradient(dtype, sinks.const_data_ptr(), lse.const_data_ptr(),
+                             delta.const_data_ptr(), grad.mutable_data_ptr(), batch, heads, q_len);
+    }
+    return grad;
+  }
+
+ private:
+  DType supported_dtype(const Arg& arg) const {
+    const DType dtype = expect_.kernel_dtype(arg);
+    kernels_.expect_supported(expect_, arg);
+    return dtype;
+  }
+
+  // Kernels read rows of contiguous, aligned elements. A tensor that has none is copied once.
+  const Tensor& keep(const Tensor& tensor) {
+    Tensor& result = kept_.emplace_back(tensor);
+    if (result.stride(3) != 1) result = torch::stable::contiguous(result);
+    if (!aligned(result)) result = torch::stable::clone(result);
+    if (!aligned(result)) result = torch::stable::clone(torch::stable::contiguous(result));
+    return result;
+  }
+
+  bool aligned(const Tensor& tensor) const {
+    const auto bytes = static_cast<int64_t>(tensor.element_size());
+    const int64_t alignment = std::max(kernels_.alignment(), bytes);
+    bool result = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0;
+    for (int d = 0; d < 3; ++d) {
+      result = result && (tensor.size(d) == 1 || tensor.stride(d) * bytes % alignment == 0);
+    }
+    return result;
+  }
+
+  void set_query(const Tensor& q, double scale, double softcap, AttentionParams& params) {
+    const Arg arg{q, "q"};
+    expect_.bhsd(arg);
+    expect_.head_dim(arg);
+    params.dtype = supported_dtype(arg);
+    params.batch = q.size(0);
+    params.heads = q.size(1);
+    params.q_len = q.size(2);
+    params.head_dim = q.size(3);
+    const Tensor& rows = keep(q);
+    params.q = rows.const_data_ptr();
+    params.q_stride = strides_of(rows);
+    params.scale = scale;
+    params.softcap = softcap;
+  }
+
+  // v_head_dim is known from out or dout: the lists may be empty. kv_heads must agree in all.
+  void set_blocks(const Tensor& q, const Tensors& k, const Tensors& v, const Tensors& key_begin,
+                  const Tensors& key_end, AttentionParams& params) {
+    expect_.same_length(k, "k", v, "v");
+    expect_.same_length(k, "k", key_begin, "key_begin");
+    expect_.same_length(k, "k", key_end, "key_end");
+    params.kv_heads = params.heads;
+    blocks_.resize(k.size());
+    for (size_t i = 0; i < k.size(); ++i) {
+      const auto index = static_cast<int64_t>(i);
+      const Arg k_arg{k[i], "k", index}, v_arg{v[i], "v", index};
+      expect_.bhsd(k_arg);
+      if (i == 0) params.kv_heads = k[0].size(1);
+      const int64_t k_len = k[i].size(2);
+      expect_.dtype(k_arg, q.scalar_type(), "q, k and v need the same dtype");
+      expect_.shape(k_arg, {params.batch, params.kv_heads, k_len, params.head_dim},
+                    "[batch, kv_heads, k_len, head_dim] of this call");
+      expect_.here(v_arg);
+      expect_.dtype(v_arg, q.scalar_type(), "q, k and v need the same dtype");
+      expect_.shape(v_arg, {params.batch, params.kv_heads, k_len, params.v_head_dim},
+                    "[batch, kv_heads, k_len, v_head_dim] of this call");
+      expect_(k_len <= std::numeric_limits<int32_t>::max(), k_arg, ".shape[2] < 2^31, got ", k_len,
+              "; key indices are int32: pass several blocks");
+
+      KVBlock& block = blocks_[i];
+      block.k_len = k_len;
+      const Tensor& k_rows = keep(k[i]);
+      block.k = k_rows.const_data_ptr();
+      block.k_stride = strides_of(k_rows);
+      const Tensor& v_rows = keep(v[i]);
+      block.v = v_rows.const_data_ptr();
+      block.v_stride = strides_of(v_rows);
+      block.intervals = key_begin[i].dim() > 0 ? key_begin[i].size(0) : 0;
+      block.key_begin =
+          bounds({key_begin[i], "key_begin", index}, block, params, block.begin_stride);
+      block.key_end = bounds({key_end[i], "key_end", index}, block, params, block.end_stride);
+    }
+    expect_(params.kv_heads > 0 && params.heads % params.kv_heads == 0,
+            "q.shape[1] to be a multiple of k[0].shape[1], got ", params.heads, " and ",
+            params.kv_heads, "; every K/V head serves the same number of query heads");
+    params.blocks = blocks_.data();
+    params.num_blocks = static_cast<int64_t>(blocks_.size());
+  }
+
+  const int32_t* bounds(const Arg& arg, const KVBlock& block, const AttentionParams& params,
+                        Strides& strides) const {
+    const Tensor& tensor = arg.tensor;
+    expect_.here(arg);
+    expect_.dtype(arg, ScalarType::Int, "interval bounds are int32");
+    expect_(tensor.dim() == 3 && tensor.size(0) == block.intervals &&
+                (tensor.size(1) == params.batch || tensor.size(1) == 1) &&
+                tensor.size(2) == params.q_len,
+            arg, ".shape == [", block.intervals, ", ", params.batch, " or 1, ", params.q_len,
+            "], got ", shape_of(tensor), "; it is [intervals, batch or 1, q_len]");
+    // .head is the stride of the interval dimension, see params.h.
+    strides = {tensor.size(1) == 1 ? 0 : tensor.stride(1), tensor.stride(0), tensor.stride(2)};
+    return tensor.const_data_ptr<int32_t>();
+  }
+
+  void set_output(const Tensor& out, const Tensor& lse, ForwardParams& params) const {
+    const ScalarType state =
+        params.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    expect_.here({out, "out"});
+    expect_.shape({out, "out"}, {params.batch, params.heads, params.q_len, params.v_head_dim},
+                  "[batch, heads, q_len, v_head_dim]");
+    expect_.writable_rows({out, "out"});
+    expect_.dense({lse, "lse"}, state, {params.batch, params.heads, params.q_len},
+                  "[batch, heads, q_len]");
+    params.out = out.mutable_data_ptr();
+    params.out_stride = strides_of(out);
+    params.lse = lse.mutable_data_ptr();
+  }
+
+  void set_state(const OptionalTensor& acc, const OptionalTensor& m, const OptionalTensor& l,
+                 ScalarType state, ForwardParams& params) const {
+    expect_(acc.has_value() == m.has_value() && m.has_value() == l.has_value(),
+            "acc, m and l all given or all None, got some; a state is the three of them");
+    if (!acc) return;
+    const auto rows = {params.batch, params.heads, params.q_len};
+    expect_.dense({*acc, "acc"}, state,
+                  {params.batch, params.heads, params.q_len, params.v_head_dim},
+                  "[batch, heads, q_len, v_head_dim]");
+    expect_.dense({*m, "m"}, state, rows, "[batch, heads, q_len]");
+    expect_.dense({*l, "l"}, state, rows, "[batch, heads, q_len]");
+    params.acc = pointer(acc);
+    params.m = pointer(m);
+    params.l = pointer(l);
+  }
+
+  // A state given by itself: its dtype and shape say what it is.
+  ForwardParams state_params(const Tensor& acc, const Tensor& m, const Tensor& l) const {
+    ForwardParams params;
+    const Arg arg{acc, "acc"};
+    expect_.bhsd(arg);
+    expect_.head_dim(arg);
+    const ScalarType state = acc.scalar_type();
+    expect_(state == ScalarType::Float || state == ScalarType::Double,
+            "acc.dtype float32 or float64, got ", toString(state), "; a state is never 16-bit");
+    kernels_.expect_supported(expect_, arg);
+    params.batch = acc.size(0);
+    params.heads = acc.size(1);
+    params.q_len = acc.size(2);
+    params.v_head_dim = acc.size(3);
+    set_state(acc, m, l, state, params);
+    return params;
+  }
+
+  Kernels kernels_;
+  Expect expect_;
+  std::vector<KVBlock> blocks_;
+  Tensors kept_;
+};
+
+// What the dispatcher calls; the schemas are in ops.cpp.
+template <typename Kernels>
+struct Operators {
+  static void block_forward_(const Tensor& q, const Tensors& k, const Tensors& v,
+                             const Tensors& key_begin, const Tensors& key_end,
+                             const OptionalTensor& sinks, const OptionalTensor& acc,
+                             const OptionalTensor& m, const OptionalTensor& l,
+                             const OptionalTensor& out, const OptionalTensor& lse, bool first,
+                             bool last, double scale, double softcap) {
+    Call<Kernels>("block_forward_", q)
+        .fold(q, k, v, key_begin, key_end, sinks, acc, m, l, out, lse, first, last, scale, softcap);
+  }
+
+  static void block_backward_(const Tensor& q, const Tensor& dout, const Tensor& lse,
+                              const Tensor& delta, const Tensors& k, const Tensors& v,
+                              const Tensors& key_begin, const Tensors& key_end, const Tensor& dq,
+                              const Tensors& dk, const Tensors& dv, double scale, double softcap) {
+    Call<Kernels>("block_backward_", q)
+        .accumulate_gradients(q, dout, lse, delta, k, v, key_begin, key_end, dq, dk, dv, scale,
+                              softcap);
+  }
+
+  static void combine_(const Tensor& acc, const Tensor& m, const Tensor& l, const Tensor& other_acc,
+                       const Tensor& other_m, const Tensor& other_l) {
+    Call<Kernels>("combine_", acc).combine(acc, m, l, other_acc, other_m, other_l);
+  }
+
+  static void finish_(const Tensor& acc, const Tensor& m, const Tensor& l, const Tensor& out,
+                      const Tensor& lse) {
+    Call<Kernels>("finish_", acc).finish(acc, m, l, out, lse);
+  }
+
+  static Tensor delta(const Tensor& out, const Tensor& dout, const OptionalTensor& dlse) {
+    return Call<Kernels>("delta", out).delta(out, dout, dlse);
+  }
+
+  static Tensor sink_gradient(const Tensor& sinks, const Tensor& lse, const Tensor& delta) {
+    return Call<Kernels>("sink_gradient", lse).sink_gradient(sinks, lse, delta);
+  }
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& key_begin, const Tensor& key_end,
+                                            const OptionalTensor& sinks, double scale,
+                                            double softcap) {
+    const char* op = "forward";
+    const Expect expect(op, q, 0);
+    expect.bhsd({q, "q"});
+    expect.bhsd({v, "v"});
+    const Tensor out = empty_output(q, v.size(3));
+    const Tensor lse =
+        torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, state_dtype(q));
+    Call<Kernels>(op, q).fold(q, {k}, {v}, {key_begin}, {key_end}, sinks, {}, {}, {}, out, lse,
+                              true, true, scale, softcap);
+    return {out, lse};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+      const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& key_begin,
+      const Tensor& key_end, const OptionalTensor& sinks, double scale, double softcap) {
+    const char* op = "backward";
+    const ScalarType dtype = q.scalar_type(), state = state_dtype(q);
+    const Tensor lse_dense = torch::stable::contiguous(lse);
+    const Tensor delta = Call<Kernels>(op, out).delta(out, dout, dlse);
+    const Tensor dq = torch::stable::new_zeros(q, q.sizes(), state);
+    const Tensor dk = torch::stable::new_zeros(k, k.sizes(), state);
+    const Tensor dv = torch::stable::new_zeros(v, v.sizes(), state);
+    Call<Kernels>(op, q).accumulate_gradients(q, dout, lse_dense, delta, {k}, {v}, {key_begin},
+                                              {key_end}, dq, {dk}, {dv}, scale, softcap);
+    const Tensor dsinks = sinks ? Call<Kernels>(op, q).sink_gradient(*sinks, lse_dense, delta)
+                                : torch::stable::new_empty(q, {0}, state);
+    return {rounded(dq, dtype), rounded(dk, dtype), rounded(dv, dtype), dsinks};
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("block_forward_", TORCH_BOX(&block_forward_));
+    m.impl("block_backward_", TORCH_BOX(&block_backward_));
+    m.impl("combine_", TORCH_BOX(&combine_));
+    m.impl("finish_", TORCH_BOX(&finish_));
+    m.impl("delta", TORCH_BOX(&delta));
+    m.impl("sink_gradient", TORCH_BOX(&sink_gradient));
+    m.impl("forward", TORCH_BOX(&forward));
+    m.impl("backward", TORCH_BOX(&backward));
+  }
+};
+
+}  // namespace ring_attention

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "block.h"
+
+#include <algorithm>
+
+#include "launch.h"
+
+namespace ptxvm {
+
+Block::Block(Launch& launch)
+    : launch(launch),
+      races(launch.shared_bytes(), launch.warps_per_block),
+      shared_(launch.shared_bytes()) {
+  races.check_uninitialised(launch.checks.uninitialised);
+  for (int i = 0; i < launch.warps_per_block; ++i)
+    warps_.push_back(std::make_unique<Warp>(*this, i));
+}
+
+void Block::start() {
+  // NaN in every format: what is used before it is written shows.
+  std::fill(shared_.begin(), shared_.end(), uint8_t{0xff});
+  if (last_epoch_ > 1u << 20) {
+    last_epoch_ = 0;
+    races.clear();
+  }
+  races.start(last_epoch_);
+  for (auto& barrier : barriers_) barrier = {};
+  for (auto& warp : warps_) warp->start(last_epoch_);
+}
+
+void Block::run(uint32_t block_number) {
+  number = block_number;
+  index = {number % launch.grid.x, number / launch.grid.x % launch.grid.y,
+           number / launch.grid.x / launch.grid.y};
+  start();
+  schedule();
+  for (const auto& warp : warps_) {
+    if (warp->copies_in_flight()) fail(warp.get(), Fault("exit with a cp.async not waited for"));
+    last_epoch_ = std::max(last_epoch_, warp->clock.now());
+  }
+}
+
+// A warp drawn at random runs for a while drawn at random.
+void Block::schedule() {
+  std::vector<Warp*> runnable;
+  uint64_t steps = 0;
+  while (true) {
+    runnable.clear();
+    bool all_done = true;
+    for (const auto& warp : warps_) {
+      if (warp->state == Warp::State::kRunnable) runnable.push_back(warp.get());
+      all_done &= warp->state == Warp::State::kDone;
+    }
+    if (all_done) break;
+    if (runnable.empty()) {
+      for (const auto& warp : warps_)
+        if (warp->state == Warp::State::kAtBarrier)
+          fail(warp.get(), Fault("deadlock: waits at a barrier that cannot complete"));
+    }
+    Warp& warp = *runnable[launch.random() % runnable.size()];
+    uint64_t quantum = launch.random() % 4 == 0 ? 1'000'000 : 1 + launch.random() % 200;
+    try {
+      for (; quantum != 0 && warp.state == Warp::State::kRunnable; --quantum, ++steps) warp.step();
+      if (steps > launch.checks.instruction_limit)
+        throw Fault("livelock: the block has executed " + std::to_string(steps) + " instructions");
+    } catch (const Fault& fault) {
+      fail(&warp, fault);
+    }
+    if (warp.state == Warp::State::kDone)
+      for (Barrier& barrier : barriers_) complete_if_full(barrier);
+  }
+  launch.statistics.instructions += steps;
+}
+
+uint32_t Block::warps_alive() const {
+  return static_cast<uint32_t>(std::count_if(warps_.begin(), warps_.end(), [](const auto& warp) {
+    return warp->state != Warp::State::kDone;
+  }));
+}
+
+bool Block::arrive(Warp& warp, uint32_t id, uint32_t threads, bool waits) {
+  if (id >= barriers_.size()) throw Fault("barrier " + std::to_string(id) + " of 16");
+  if (threads % kLanes != 0) throw Fault("a barrier's thread count is no multiple of 32");
+  Barrier& barrier = barriers_[id];
+  ++launch.statistics.barriers;
+  if (barrier.arrived == 0) {
+    barrier.expected = threads;
+    barrier.known.assign(warps_.size(), 0);
+  } else if (barrier.expected != threads) {
+    throw Fault("barrier " + std::to_string(id) + ": warps disagree on its thread count");
+  }
+  for (size_t i = 0; i < barrier.known.size(); ++i)
+    barrier.known[i] = std::max(barrier.known[i], warp.clock.known[i]);
+  warp.clock.next_epoch();
+  barrier.arrived += kLanes;
+  if (barrier.expected != 0 && barrier.arrived > barrier.expected)
+    throw Fault("barrier " + std::to_string(id) + ": more threads arrive than it expects");
+  if (waits) {
+    barrier.waiting.push_back(&warp);
+    warp.state = Warp::State::kAtBarrier;
+  }
+  complete_if_full(barrier);
+  return waits;
+}
+
+void Block::complete_if_full(Barrier& barrier) {
+  if (barrier.arrived == 0) return;
+  const uint32_t expected = barrier.expected != 0 ? barrier.expected : warps_alive() * kLanes;
+  if (barrier.arrived < expected) return;
+  for (Warp* warp : barrier.waiting) {
+    warp->clock.join(barrier.known);
+    warp->votes = barrier.votes;
+    warp->state = Warp::State::kRunnable;
+  }
+  barrier.waiting.clear();
+  barrier.votes = {};
+  barrier.arrived = 0;
+}
+
+void Block::vote(uint32_t id, uint32_t for_it, uint32_t threads) {
+  if (id >= barriers_.size()) return;  // arrive() will say so
+  barriers_[id].votes.for_it += for_it;
+  barriers_[id].votes.threads += threads;
+}
+
+void Block::fail(const Warp* warp, const Fault& fault) const {
+  const Program& program = launch.program;
+  const auto place = [&](size_t instruction) {
+    const SourceLine& line = program.lines[instruction];
+    const auto name = [&](uint32_t file, uint32_t number) {
+      return (file < program.files.size() ? program.files[file] : "?") + ":" +
+             std::to_string(number);
+    };
+    if (line.line == 0) return std::string("line unknown, compile with -lineinfo");
+    std::string text = name(line.file, line.line);
+    if (line.inlined_line != 0)
+      text += " (inlined at " + name(line.inlined_file, line.inlined_line) + ")";
+    return text;
+  };
+  const size_t pc = std::min<size_t>(warp->pc(), program.code.size() - 1);
+  std::string text = fault.what();
+  if (fault.writer >= 0) text += "; written at " + place(static_cast<size_t>(fault.writer));
+  text += "\n  kernel " + demangled(program.name) + "\n  at " + place(pc) + "\n  block (" +
+          std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+          std::to_string(index.z) + "), warp " + std::to_string(warp->id);
+  if (fault.lane >= 0) text += ", lane " + std::to_string(fault.lane);
+  throw LaunchError(text + "\n  " + program.text[pc]);
+}
+
+}  // namespace ptxvm

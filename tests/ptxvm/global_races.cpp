@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "global_races.h"
+
+#include <algorithm>
+#include <string>
+
+#include "fault.h"
+
+namespace ptxvm {
+namespace {
+
+// write_block, read_block: the block, and
+constexpr uint32_t kBlock = 0x1fffffff;
+constexpr uint32_t kAtomic = 1u << 31;   // of a write
+constexpr uint32_t kOthers = 1u << 31;   // of a read: other blocks read it too
+constexpr uint32_t kSeveral = 1u << 30;  // several warps of the block do: see readers_
+
+// write_who, read_who: epoch * 1024 + thread.
+constexpr uint32_t kThreadBits = 10;
+
+uint32_t who(const Accessor& by) {
+  return by.clock.now() << kThreadBits | (by.clock.warp * kLanes + by.lane);
+}
+
+bool ordered(const Accessor& by, uint32_t other) {
+  const uint32_t thread = other & ((1 << kThreadBits) - 1), epoch = other >> kThreadBits;
+  const uint32_t warp = thread / kLanes;
+  if (static_cast<int>(warp) != by.clock.warp)
+    return epoch <= (by.clock.known[warp] & (~0u >> kThreadBits));
+  return epoch != (by.clock.now() & (~0u >> kThreadBits)) ||
+         static_cast<int>(thread % kLanes) == by.lane;
+}
+
+std::string thread_name(uint32_t other) {
+  const uint32_t thread = other & ((1 << kThreadBits) - 1);
+  return "warp " + std::to_string(thread / kLanes) + " lane " + std::to_string(thread % kLanes);
+}
+
+}  // namespace
+
+void GlobalRaces::start_launch() {
+  ++launch_;
+  readers_.clear();
+  if (pages_.size() > 65536) pages_.clear();  // 256 MB of device memory's worth
+  last_number_ = ~uint64_t{0};
+}
+
+GlobalRaces::Cell* GlobalRaces::cells(uint64_t address) {
+  const uint64_t number = address >> kPageShift;
+  if (number != last_number_) {
+    std::unique_ptr<Page>& page = pages_[number];
+    if (page == nullptr) page = std::make_unique<Page>();
+    if (page->launch != launch_) {
+      std::fill(std::begin(page->cells), std::end(page->cells), Cell{});
+      page->launch = launch_;
+    }
+    last_number_ = number;
+    last_page_ = page.get();
+  }
+  return last_page_->cells + (address >> 1) % kCellsPerPage;
+}
+
+void GlobalRaces::check_writer(const Accessor& by, uint32_t block, const Cell& cell,
+                               const char* what) {
+  const uint32_t writer = cell.write_block & kBlock;
+  if (writer == 0) return;
+  if (writer != block)
+    throw Fault(std::string("race in global memory: ") + what + " what block " +
+                    std::to_string(writer - 1) +
+                    " of the same launch wrote; blocks may communicate only through the end of a "
+                    "kernel",
+                by.lane);
+  if (!ordered(by, cell.write_who))
+    throw Fault(std::string("race in global memory: ") + what + " what " +
+                    thread_name(cell.write_who) + " of the same block wrote, no barrier between",
+                by.lane);
+}
+
+void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& cell,
+                                uint64_t address) {
+  const uint32_t reader = cell.read_block & kBlock;
+  if (reader == 0) return;
+  if (reader != block || (cell.read_block & kOthers) != 0)
+    throw Fault("race in global memory: write over what " +
+                    (reader != block ? "block " + std::to_string(reader - 1) : "another block") +
+                    " of the same launch read; blocks may communicate only through the end of a "
+                    "kernel",
+                by.lane);
+  uint32_t racing = cell.read_who;
+  bool race = !ordered(by, racing);
+  if ((cell.read_block & kSeveral) != 0) {
+    for (uint32_t other : readers_[address >> 1]) {
+      if (other == 0 || ordered(by, other)) continue;
+      race = true;
+      racing = other;
+    }
+  }
+  if (race)
+    throw Fault("race in global memory: write over what " + thread_name(racing) +
+                    " of the same block may still be reading, no barrier between",
+                by.lane);
+}
+
+void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uint64_t address) {
+  const uint32_t me = who(by);
+  if ((cell.read_block & kBlock) != block) {
+    cell.read_block = block | (cell.read_block != 0 ? kOthers : 0);
+    cell.read_who = me;
+    return;
+  }
+  if (cell.read_who == me) return;
+  if ((cell.read_block & kSeveral) == 0 && ordered(by, cell.read_who)) {
+    cell.read_who = me;  // whoever is ordered after me is ordered after the other
+    return;
+  }
+  std::vector<uint32_t>& readers = readers_[address >> 1];
+  if ((cell.read_block & kSeveral) == 0) {
+    cell.read_block |= kSeveral;
+    readers.assign(by.clock.known.size(), 0);
+  }
+  for (uint32_t other : {cell.read_who, me})
+    readers[(other & ((1 << kThreadBits) - 1)) / kLanes] = other;
+  cell.read_who = me;
+}
+
+void GlobalRaces::read(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
+  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
+    Cell& cell = *cells(at);
+    if (cell.write_block != 0) check_writer(by, block + 1, cell, "load of");
+    set_reader(by, block + 1, cell, at);
+  }
+}
+
+void GlobalRaces::write(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
+  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
+    Cell& cell = *cells(at);
+    check_writer(by, block + 1, cell, "store over");
+    check_readers(by, block + 1, cell, at);
+    cell.write_block = block + 1;
+    cell.write_who = who(by);
+  }
+}
+
+void GlobalRaces::atomic(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
+  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
+    Cell& cell = *cells(at);
+    if ((cell.write_block & kAtomic) == 0) check_writer(by, block + 1, cell, "atomic on");
+    check_readers(by, block + 1, cell, at);
+    cell.write_block = (block + 1) | kAtomic;
+    cell.write_who = who(by);
+  }
+}
+
+}  // namespace ptxvm

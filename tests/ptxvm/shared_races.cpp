@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "shared_races.h"
+
+#include <algorithm>
+#include <string>
+
+#include "fault.h"
+
+namespace ptxvm {
+namespace {
+
+// write_epoch_ while a copy is in flight: later than all epochs.
+constexpr uint32_t kInFlight = ~0u;
+
+// write_thread_: the thread in the block (at most 1024), and
+constexpr uint32_t kThread = 0x3ff;
+constexpr uint32_t kSubword = 0x4000;  // less than the cell: its other bytes may be another lane's
+constexpr uint32_t kAtomic = 0x8000;
+
+// read_: epoch * 64 + the lane, or
+constexpr uint32_t kEpochShift = 6;
+constexpr uint32_t kSeveralLanes = 32, kWholeWarp = 33, kSubwordLane = 34;
+
+std::string thread_name(uint32_t thread) {
+  return "warp " + std::to_string(thread / kLanes) + " lane " + std::to_string(thread % kLanes);
+}
+
+}  // namespace
+
+SharedRaces::SharedRaces(uint32_t bytes, int warps)
+    : cells_((bytes + 3) / 4),
+      warps_(warps),
+      write_epoch_(cells_, 0),
+      write_thread_(cells_, 0),
+      write_instruction_(cells_, 0),
+      read_(static_cast<size_t>(cells_) * warps, 0) {}
+
+void SharedRaces::clear() {
+  std::fill(write_epoch_.begin(), write_epoch_.end(), 0);
+  std::fill(read_.begin(), read_.end(), 0);
+}
+
+// The slow path: the writer's epoch is later than what is settled, or it is of an earlier block.
+void SharedRaces::check_writer(const Accessor& by, uint32_t cell, bool subword, const char* what) {
+  const uint32_t epoch = write_epoch_[cell], thread = write_thread_[cell] & kThread;
+  if (epoch <= base_) return;
+  const std::string writer = thread_name(thread);
+  if (epoch == kInFlight)
+    throw Fault(std::string("race in shared memory: ") + what +
+                    " the destination of a cp.async in flight, not waited for; copied by " + writer,
+                by.lane, write_instruction_[cell]);
+  const int warp = static_cast<int>(thread / kLanes);
+  if (warp != by.clock.warp) {
+    if (epoch > by.clock.known[warp])
+      throw Fault(std::string("race in shared memory: ") + what + " what " + writer +
+                      " wrote, no barrier between",
+                  by.lane, write_instruction_[cell]);
+  } else if (epoch == by.clock.now() && static_cast<int>(thread % kLanes) != by.lane) {
+    if (subword && (write_thread_[cell] & kSubword) != 0) return;
+    throw Fault(std::string("race in shared memory: ") + what + " what lane " +
+                    std::to_string(thread % kLanes) +
+                    " of the same warp wrote, no __syncwarp or barrier between",
+                by.lane, write_instruction_[cell]);
+  }
+}
+
+void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword) {
+  for (int warp = 0; warp < warps_; ++warp) {
+    const uint32_t last = read_[static_cast<size_t>(warp) * cells_ + cell];
+    const uint32_t epoch = last >> kEpochShift;
+    if (epoch <= by.clock.settled || epoch <= base_) continue;
+    if (warp != by.clock.warp) {
+      if (epoch > by.clock.known[warp])
+        throw Fault("race in shared memory: write over what warp " + std::to_string(warp) +
+                        " may still be reading, no barrier between",
+                    by.lane);
+      continue;
+    }
+    const uint32_t lane = last & ((1 << kEpochShift) - 1);
+    if (epoch < by.clock.now() || lane == static_cast<uint32_t>(by.lane) || lane == kWholeWarp ||
+        (lane == kSubwordLane && subword))
+      continue;
+    throw Fault(
+        "race in shared memory: write over what another lane of the same warp may still be "
+        "reading, no __syncwarp or barrier between",
+        by.lane);
+  }
+}
+
+void SharedRaces::set_writer(const Accessor& by, uint32_t cell, uint32_t flags) {
+  write_epoch_[cell] = by.clock.now();
+  write_thread_[cell] = static_cast<uint16_t>((by.clock.warp * kLanes + by.lane) | flags);
+  write_instruction_[cell] = by.instruction;
+}
+
+void SharedRaces::read(const Accessor& by, uint32_t offset, uint32_t bytes, Reader reader) {
+  const bool subword = bytes < 4;
+  const uint32_t lane = reader == Reader::kCollective ? kWholeWarp
+                        : subword                     ? kSubwordLane
+                                                      : static_cast<uint32_t>(by.lane);
+  uint32_t* reads = read_.data() + static_cast<size_t>(by.clock.warp) * cells_;
+  const uint32_t mine = by.clock.now() << kEpochShift;
+  const uint32_t end = (offset + bytes + 3) / 4;
+  for (uint32_t cell = offset / 4; cell < end; ++cell) {
+    // Ordered and of this block, in one comparison.
+    if (write_epoch_[cell] - base_ - 1 >= by.clock.settled - base_) {
+      if (uninitialised_ && write_epoch_[cell] <= base_)
+        throw Fault("uninitialised shared memory: load of what nobody in the block wrote", by.lane);
+      check_writer(by, cell, subword, "load of");
+    }
+    const uint32_t last = reads[cell];
+    const bool another_lane = (last & ~63u) == mine && (last & 63) != lane && lane != kWholeWarp &&
+                              (last & 63) != kWholeWarp;
+    reads[cell] = mine | (another_lane ? kSeveralLanes : lane);
+  }
+}
+
+void SharedRaces::write(const Accessor& by, uint32_t offset, uint32_t bytes) {
+  const bool subword = bytes < 4;
+  const uint32_t end = (offset + bytes + 3) / 4;
+  for (uint32_t cell = offset / 4; cell < end; ++cell) {
+    if (write_epoch_[cell] > by.clock.settled) check_writer(by, cell, subword, "store over");
+    check_readers(by, cell, subword);
+    set_writer(by, cell, subword ? kSubword : 0);
+  }
+}
+
+void SharedRaces::atomic(const Accessor& by, uint32_t offset, uint32_t bytes) {
+  for (uint32_t cell = offset / 4; cell < (offset + bytes + 3) / 4; ++cell) {
+    if (uninitialised_ && write_epoch_[cell] <= base_)
+      throw Fault("uninitialised shared memory: atomic on what nobody in the block wrote", by.lane);
+    if ((write_thread_[cell] & kAtomic) == 0 && write_epoch_[cell] > by.clock.settled)
+      check_writer(by, cell, false, "atomic on");
+    check_readers(by, cell, false);
+    set_writer(by, cell, kAtomic);
+  }
+}
+
+void SharedRaces::begin_copy(const Accessor& by, uint32_t offset, uint32_t bytes) {
+  write(by, offset, bytes);
+  for (uint32_t cell = offset / 4; cell < (offset + bytes + 3) / 4; ++cell)
+    write_epoch_[cell] = kInFlight;
+}
+
+void SharedRaces::end_copy(const Accessor& by, uint32_t offset, uint32_t bytes) {
+  for (uint32_t cell = offset / 4; cell < (offset + bytes + 3) / 4; ++cell)
+    write_epoch_[cell] = by.clock.now();
+}
+
+}  // namespace ptxvm

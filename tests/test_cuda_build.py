@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the compiler made of the CUDA kernels, for every GPU: after `make cuda`, which needs nvcc.
+
+tests/cuda_budget.json says what each kernel may use per GPU: registers, bytes of spills and of
+static shared memory. More than that fails here, and so does less: the budget follows.
+
+    python tests/test_cuda_build.py     # writes the budget as it is now
+"""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "cuda"
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+GPUS = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What ptxas says of a kernel on a GPU."""
+
+    registers: int
+    spilled: int  # bytes stored and loaded
+    shared: int  # bytes; dynamic shared memory is chosen at the launch
+
+
+Report = dict[str, dict[str, Use]]  # by kernel and GPU
+
+
+def report(log: str) -> Report:
+    """The last word of ptxas -v on every kernel."""
+    found: Report = defaultdict(dict)
+    kernel, gpu, spilled = "", "", 0
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel, gpu = entry[1], entry[2]
+        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = int(spills[1]) + int(spills[2])
+        elif used := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[kernel][gpu] = Use(int(used[1]), spilled, int(shared[1]) if shared else 0)
+    return found
+
+
+def kernels_of(binary: Path, kernels: Iterable[str]) -> set[str]:
+    """Which of the kernels an object or library holds: it registers them by their names."""
+    strings = set(binary.read_bytes().split(b"\0"))
+    return {kernel for kernel in kernels if kernel.encode() in strings}
+
+
+@pytest.fixture(scope="module")
+def built() -> Report:
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("there is no nvcc on this machine")
+    if not (BUILD / "log").exists():
+        pytest.skip("the CUDA operators have not been compiled: make cuda")
+    return in_library(report((BUILD / "log").read_text()))
+
+
+def in_library(found: Report) -> Report:
+    """Without the kernels of earlier builds that are gone."""
+    (library,) = (BUILD / "lib" / "ring_attention").glob("_C_cuda.*so")
+    return {kernel: found[kernel] for kernel in kernels_of(library, found)}
+
+
+def lines(found: Report) -> dict[str, dict[str, dict[str, int]]]:
+    return {
+        kernel: {gpu: asdict(use) for gpu, use in sorted(uses.items())}
+        for kernel, uses in sorted(found.items())
+    }
+
+
+def test_every_kernel_is_within_its_budget(built: Report) -> None:
+    budget = json.loads(BUDGET.read_text())
+    now = lines(built)
+    assert sorted(now) == sorted(budget), "kernels came or went: python tests/test_cuda_build.py"
+    wrong = [
+        f"{kernel} on {gpu}: {use}, budget {budget[kernel].get(gpu)}"
+        for kernel, uses in now.items()
+        for gpu, use in uses.items()
+        if use != budget[kernel].get(gpu)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_kernel_is_compiled_for_every_gpu(built: Report) -> None:
+    assert built
+    for kernel, uses in built.items():
+        assert sorted(uses) == sorted(GPUS), kernel
+
+
+def test_forward_kernels_do_not_spill(built: Report) -> None:
+    forwards = {kernel: uses for kernel, uses in built.items() if "forward" in kernel}
+    assert forwards
+    spilling = {
+        (kernel, gpu): use.spilled
+        for kernel, uses in forwards.items()
+        for gpu, use in uses.items()
+        if use.spilled
+    }
+    assert not spilling
+
+
+def test_each_object_holds_only_its_kernels(built: Report) -> None:
+    """A kernel compiled in two files is compiled twice, and which of them runs is chance."""
+    holders = defaultdict(list)
+    for item in BUILD.glob("temp*/csrc/cuda/**/*.o"):
+        for kernel in kernels_of(item, built):
+            holders[kernel].append(item.name)
+    assert holders.keys() == built.keys()
+    assert all(len(names) == 1 for names in holders.values()), dict(holders)
+
+
+def test_the_report_is_read() -> None:
+    log = """
+ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
+ptxas info    : Function properties for _Z1kv
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 128 bytes smem
+"""
+    assert report(log) == {"_Z1kv": {"sm_80": Use(registers=168, spilled=28, shared=128)}}
+
+
+if __name__ == "__main__":
+    found = in_library(report((BUILD / "log").read_text()))
+    BUDGET.write_text(json.dumps(lines(found), indent=1) + "\n")
