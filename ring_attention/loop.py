@@ -70,7 +70,7 @@ def forward(
         if step.folds:
             start_s = trace.now()
             fold(step.folds, step.number == launches[0], step.number == launches[-1])
-            trace.emit("compute", "forward", transport.rank, step.number, start_s)
+            trace.emit("compute", "forward", transport.traced_rank, step.number, start_s)
         messages.wait(step.number, following)
         blocks.release(step.release)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
@@ -128,7 +128,7 @@ def backward(
             scale=scale,
             softcap=softcap,
         )
-        trace.emit("compute", "backward", transport.rank, step, start_s)
+        trace.emit("compute", "backward", transport.traced_rank, step, start_s)
 
     own = transport.rank
     sees_own = any(own in step.folds for step in plan.steps)

@@ -151,7 +151,7 @@ class Messages:
 
     def _emit(self, name: trace.Name, step: int, start_s: float, posted: list[_Posted]) -> None:
         nbytes = sum(message.nbytes for p in posted for message in p.messages)
-        trace.emit(name, self._phase, self._transport.rank, step, start_s, nbytes)
+        trace.emit(name, self._phase, self._transport.traced_rank, step, start_s, nbytes)
 
 
 def _pack(transport: Transport, pair: Pair, transfer: Transfer) -> Lease:

@@ -9,6 +9,7 @@ ring loop runs any plan; how steps come about is up to a generator in csrc/plan/
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -23,7 +24,9 @@ from torch import Tensor
 from . import _planner
 from .layout import Layout
 from .mask_algebra import Mask, at_least, refuse
+from .merged import Merged
 from .registry import register
+from .ring import degrees_of
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
 # Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
@@ -159,8 +162,11 @@ class Plan:
 
     Attributes:
         rank, world_size: whose plan, of how many.
-        mask, q_layout, k_layout, generator, resident, ranks_per_node: what it was made from.
-        steps: what to do; at least one.
+        mask, q_layout, k_layout, generator, resident, ranks_per_node, ulysses: what it was made
+            from.
+        steps: what to do; at least one. With ulysses > 1 they are those of `ring`.
+        ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
+            merged layouts and for its share of the heads; None without.
         own_split: rows of the own key block in front of the point where half its flops are done.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
@@ -177,6 +183,8 @@ class Plan:
     own_split: int = field(repr=False, compare=False)
     digest: int = field(repr=False)
     _reads: _planner.Reads = field(repr=False, compare=False)
+    ulysses: int = 1
+    ring: Plan | None = field(default=None, repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
 
     def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
@@ -189,6 +197,8 @@ class Plan:
             key_begin, key_end: int32 [n, B or 1, q_len] on the CPU, ``begin == end`` for a row that
             sees nothing; expanded (stride 0) if all rows are alike.
         """
+        if self.ring is not None:
+            return self.ring.intervals(origin)
         cached = self._cache.get(origin)
         if cached is not None:
             return cached
@@ -262,6 +272,8 @@ class Plan:
             how += f" in nodes of {self.ranks_per_node}"
         if self.resident > 1:
             how += f", {self.resident} resident"
+        if self.ulysses > 1:
+            how += f", heads over {self.ulysses}"
         return (
             f"Plan({self.mask!r} on {layout}, {how}, rank {self.rank} of "
             f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "
@@ -305,6 +317,39 @@ def _schedule(
     return generator, ranks_per_node
 
 
+def _ring(
+    mask: Mask,
+    q_layout: Layout,
+    k_layout: Layout,
+    rank: int,
+    generator: str,
+    resident: int,
+    ranks_per_node: int | None,
+    ulysses: int,
+) -> Plan:
+    """The plan of the ring of a rank under Ulysses."""
+    world = q_layout.world_size
+    fits = [n for n in range(1, world + 1) if world % n == 0]
+    if ulysses not in fits:
+        refuse("plan", f"ulysses of {fits}", ulysses, f"it splits {world} ranks")
+    if ranks_per_node is not None:
+        if ranks_per_node % ulysses:
+            remedy = "a Ulysses group does not cross nodes"
+            refuse("plan", f"ulysses to divide ranks_per_node = {ranks_per_node}", ulysses, remedy)
+        ranks_per_node //= ulysses
+        if ranks_per_node == 1 or ulysses == world:  # a ring with one rank in each node, or of one
+            ranks_per_node = None
+    return plan(
+        mask,
+        q_layout=Merged.of(q_layout, ulysses),
+        k_layout=Merged.of(k_layout, ulysses),
+        rank=rank // ulysses,
+        generator=generator,
+        resident=resident,
+        ranks_per_node=ranks_per_node,
+    )
+
+
 def plan(
     mask: Mask,
     layout: Layout | None = None,
@@ -316,6 +361,7 @@ def plan(
     generator: str = "auto",
     resident: int = 1,
     ranks_per_node: int | None = None,
+    ulysses: int | None = None,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -332,6 +378,10 @@ def plan(
         ranks_per_node: how many consecutive ranks share a node with fast links, for double. A row
             crosses to every other node that reads it once, hidden behind a ring inside the node;
             gradients are summed inside a node before they cross.
+        ulysses: deal the heads to so many consecutive ranks, with a ring of world_size / ulysses
+            ranks for each share; divides the world size, ranks_per_node and the calls' kv_heads. A
+            DeviceMesh of dimensions ("ring", "ulysses"), ("inter", "intra") or ("inter", "intra",
+            "ulysses") as group says ulysses and ranks_per_node by itself.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -359,6 +409,24 @@ def plan(
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
+    degrees = degrees_of(group)
+    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
+    ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
+    if ulysses != 1:
+        ring = _ring(mask, q_layout, k_layout, me, generator, resident, ranks_per_node, ulysses)
+        nodes = ranks_per_node or 1
+        digest = _digest(mask, q_layout, k_layout, ring.generator, resident, nodes, ulysses)
+        return dataclasses.replace(
+            ring,
+            rank=me,
+            world_size=q_layout.world_size,
+            q_layout=q_layout,
+            k_layout=k_layout,
+            ranks_per_node=nodes,
+            digest=digest,
+            ulysses=ulysses,
+            ring=ring,
+        )
     generator, locals_ = _schedule(q_layout.world_size, generator, resident, ranks_per_node)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
