@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import agreement, checks, loop, ops, ulysses
+from . import agreement, checks, loop, ops, queries, ulysses
 from .layout import Contiguous, Layout
 from .mask import Causal, Mask
 from .plan import Plan
@@ -323,7 +323,8 @@ def ring_forward(
     transport, made = transport_named(group), plan_of(plan)
     _check_shards("ring_attention.attention", made, transport, q, k)
     _check_agreement(transport, "attention", made, q, k, v)
-    return loop.forward(made, transport, q, k, v, sinks, scale, softcap)
+    run = queries.forward if made.traveller[0] == "q" else loop.forward
+    return run(made, transport, q, k, v, sinks, scale, softcap)
 
 
 @ring_forward.register_fake
@@ -356,10 +357,9 @@ def ring_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
-    transport = transport_named(group)
-    return loop.backward(
-        plan_of(plan), transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap
-    )
+    transport, made = transport_named(group), plan_of(plan)
+    run = queries.backward if made.traveller[1] == "q" else loop.backward
+    return run(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
 
 
 @ring_backward.register_fake

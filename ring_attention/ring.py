@@ -37,7 +37,8 @@ def timeout_s() -> float:
 
 
 # What messages carry; gloo matches a kind by its tag, NCCL by order, the same on both sides.
-KINDS = ("K/V", "dK/dV", "heads")
+TRAVELLERS = ("K/V", "Q")
+KINDS = (*TRAVELLERS, "dK/dV", "dQ", "state", "heads")
 
 
 @dataclass(frozen=True, eq=False)
