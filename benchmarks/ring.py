@@ -7,6 +7,8 @@
 Ranks are gloo processes of one thread each, on one machine. In every round the ring runs, then the
 peer's ring, then rank 0 alone with P threads on the whole sequence, while the others sleep. So
 efficiency = alone / ring carries what the ring costs: messages, packing, waiting, and imbalance.
+By the clock a rank that the machine holds up holds up the ring; by CPU time it does not, but then
+waiting does not count either.
 Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one.
 """
 
@@ -62,6 +64,8 @@ class Seconds:
     forward: float
     backward: float
     waiting: float = 0.0
+    cpu_forward: float = 0.0  # CPU time of all ranks
+    cpu_backward: float = 0.0
 
     @property
     def total(self) -> float:
@@ -74,13 +78,17 @@ Contestant = Callable[[], Seconds]
 def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, alone: bool) -> Seconds:
     barrier = (lambda: None) if alone else dist.barrier
     barrier()
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     out = call()
     barrier()
-    middle_s = time.perf_counter()
+    middle_s, middle_cpu_s = time.perf_counter(), time.process_time()
     torch.autograd.grad(out, inputs, dout)
     barrier()
-    return Seconds(middle_s - start_s, time.perf_counter() - middle_s)
+    end_s, end_cpu_s = time.perf_counter(), time.process_time()
+    cpu_s = torch.tensor([middle_cpu_s - start_cpu_s, end_cpu_s - middle_cpu_s])
+    if not alone:
+        dist.all_reduce(cpu_s)
+    return Seconds(middle_s - start_s, end_s - middle_s, 0.0, *cpu_s.tolist())
 
 
 def ring(problem: Problem) -> Contestant:
@@ -226,7 +234,8 @@ def main() -> None:
         f"{options.rounds} rounds\n"
     )
     print(
-        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd   waiting   vs peer"
+        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd  CPU fwd  bwd   "
+        "waiting   vs peer"
     )
     rows = []
     for size, tokens, dtype, mask in itertools.product(
@@ -240,20 +249,28 @@ def main() -> None:
         )
         work = flops(problem, size)
         peer = [r["peer"].total / r["ring"].total for r in rounds if "peer" in r]
+
+        def percent(share: Callable[[dict[str, Seconds]], float], rounds: Any = rounds) -> str:
+            return f"{100 * median(map(share, rounds)):4.0f}%"
+
         print(
             f"{size:5d} {tokens:11d} {dtype:5} {mask:7}"
             f"{work / min(r['ring'].forward for r in rounds) / 1e9:12.0f}"
-            f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}"
-            f"{100 * median(r['alone'].forward / r['ring'].forward for r in rounds):15.0f}%"
-            f"{100 * median(r['alone'].backward / r['ring'].backward for r in rounds):4.0f}%"
-            f"{100 * median(r['ring'].waiting / r['ring'].total for r in rounds):9.1f}% "
+            f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}           "
+            + percent(lambda r: r["alone"].forward / r["ring"].forward)
+            + percent(lambda r: r["alone"].backward / r["ring"].backward)
+            + "    "
+            + percent(lambda r: r["alone"].cpu_forward / r["ring"].cpu_forward)
+            + percent(lambda r: r["alone"].cpu_backward / r["ring"].cpu_backward)
+            + f"{100 * median(r['ring'].waiting / r['ring'].total for r in rounds):9.1f}% "
             + (f"{median(peer):8.1f}x" if peer else "        -"),
             flush=True,
         )
     print(
         "\nGFLOP/s: of the best round, over all ranks. efficiency: one process with as many "
-        "threads\n(no more than there are cores) / the ring. waiting: the worst rank's share. "
-        f"vs peer: {PEER}\n0.5.20, forward + backward (-: not installed, or raises for the dtype)."
+        "threads\n(no more than there are cores) / the ring; CPU: the same of CPU time. waiting: "
+        f"the worst rank's share.\nvs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
+        "or raises for the dtype)."
     )
     if options.json:
         about = {"date": str(date.today()), "torch": torch.__version__, "isa": ra.isa_name()}

@@ -200,7 +200,6 @@ PYBIND11_MODULE(_planner, m) {
           },
           py::arg("rank"), py::arg("generator"), py::arg("resident"), py::arg("ranks_per_node"),
           py::arg("queries_travel"), Release())
-      .def("own_split", &Reads::own_split, py::arg("rank"), Release())
       .def(
           "key_intervals",
           [](const Reads& self, int64_t rank, int64_t origin, const Ranges& held) {

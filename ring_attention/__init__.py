@@ -2,10 +2,12 @@
 """Exact attention over sequences sharded across the ranks of a process group."""
 
 from . import trace
+from .costs import Shapes, break_even
 from .feed_forward import BlockwiseFeedForward
+from .figures import Device, Link, Machine
 from .function import agree, attention
 from .gradients import sum_gradients
-from .layout import Contiguous, Layout, Striped, Zigzag
+from .layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from .loss import linear_cross_entropy, shift_labels
 from .mask import (
     Causal,
@@ -22,6 +24,7 @@ from .mask import (
 from .module import RingAttention
 from .ops import isa_name, isa_names
 from .plan import Plan, plan
+from .predict import Prediction, predict
 from .ring import RingError, all_gather, all_reduce_, rank_of, size_of
 from .sdpa import scaled_dot_product_attention
 from .transformer import RingTransformerBlock
@@ -34,17 +37,23 @@ __all__ = [
     "Causal",
     "Chunks",
     "Contiguous",
+    "Device",
+    "DocumentBalanced",
     "Documents",
     "FirstTokens",
     "Full",
     "KeyLength",
     "Layout",
+    "Link",
+    "Machine",
     "Mask",
     "Plan",
+    "Prediction",
     "PrefixLM",
     "RingAttention",
     "RingError",
     "RingTransformerBlock",
+    "Shapes",
     "Spans",
     "Striped",
     "VirtualGroup",
@@ -54,10 +63,12 @@ __all__ = [
     "all_gather",
     "all_reduce_",
     "attention",
+    "break_even",
     "isa_name",
     "isa_names",
     "linear_cross_entropy",
     "plan",
+    "predict",
     "rank_of",
     "run_virtual",
     "scaled_dot_product_attention",

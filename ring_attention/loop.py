@@ -68,9 +68,8 @@ def forward(
         blocks.exchange(messages, step)
         messages.post(step.number, following)
         if step.folds:
-            start_s = trace.now()
-            fold(step.folds, step.number == launches[0], step.number == launches[-1])
-            trace.emit("compute", "forward", transport.traced_rank, step.number, start_s)
+            with trace.begin("compute", "forward", transport, step.number):
+                fold(step.folds, step.number == launches[0], step.number == launches[-1])
         messages.wait(step.number, following)
         blocks.release(step.release)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
@@ -103,11 +102,11 @@ def send_home(
     """
     messages = Messages(transport, phase)
     own, own_keys = transport.rank, plan.k_layout.sizes[transport.rank]
+    split = plan.own_split(blocks.own.nbytes(1), sums.own.nbytes(1), steps)
 
     def timed(origins: Sequence[int], step: int, keys: Keys) -> None:
-        start_s = trace.now()
-        fold(origins, keys)
-        trace.emit("compute", phase, transport.traced_rank, step, start_s)
+        with trace.begin("compute", phase, transport, step):
+            fold(origins, keys)
 
     previous: Step | None = None
     for step, following in _numbered(steps):
@@ -115,8 +114,8 @@ def send_home(
         if previous is not None:
             sums.exchange(messages, previous)
         messages.post(step.number, following)
-        if own in step.folds:
-            timed([own], step.number, (0, plan.own_split))
+        if own in step.folds and split > 0:
+            timed([own], step.number, (0, split))
         if others := [origin for origin in step.folds if origin != own]:
             timed(others, step.number, None)
         messages.wait(step.number, following)
@@ -127,8 +126,8 @@ def send_home(
     sums.exchange(messages, last)
     number, end = last.number + 1, last_due(steps) + 1
     messages.post(number, end)
-    if any(own in step.folds for step in steps):
-        timed([own], number, (plan.own_split, own_keys))
+    if split < own_keys and any(own in step.folds for step in steps):
+        timed([own], number, (split, own_keys))
     messages.wait(number, end)
     sums.add_arrived(end, held_rows)
 
@@ -186,6 +185,6 @@ def backward(
         )
 
     steps = plan.backward_steps
-    send_home(plan, steps, plan.held_rows("kv"), transport, "backward", blocks, sums, fold)
+    send_home(plan, steps, plan.held_rows, transport, "backward", blocks, sums, fold)
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

@@ -124,6 +124,7 @@ class Messages:
         def due(added: tuple[int, int, Message, list[Lease]]) -> int:
             return max(added[1], following - 1)
 
+        posting = trace.begin("post", self._phase, self._transport, step, self._start_s)
         # Messages of one event that are due at different times go to different peers.
         self._added.sort(key=lambda added: (added[0], due(added)))
         posted = []
@@ -135,25 +136,22 @@ class Messages:
             posted.append(_Posted(step, when, messages, pending, self._start_s, done))
         self._added.clear()
         self._posted += posted
-        self._emit("post", step, self._start_s, posted)
+        posting.end(message for p in posted for message in p.messages)
 
     def wait(self, step: int, following: int) -> None:
         """Returns when everything that is due before the step `following` is complete."""
-        start_s = trace.now()
         due = [posted for posted in self._posted if posted.due < following]
+        if not due:
+            return
         self._posted = [posted for posted in self._posted if posted.due >= following]
+        waiting = trace.begin("wait", self._phase, self._transport, step)
         for posted in due:
             posted.pending.wait()
-            for lease in posted.done:
+        waiting.end(message for posted in due for message in posted.messages)
+        for p in due:
+            trace.emit("transfer", self._phase, self._transport, p.step, p.start_s, p.messages)
+            for lease in p.done:
                 self._transport.pool.give_back(lease)
-        if due:
-            self._emit("wait", step, start_s, due)
-            for posted in due:
-                self._emit("transfer", posted.step, posted.start_s, [posted])
-
-    def _emit(self, name: trace.Name, step: int, start_s: float, posted: list[_Posted]) -> None:
-        nbytes = sum(message.nbytes for p in posted for message in p.messages)
-        trace.emit(name, self._phase, self._transport.traced_rank, step, start_s, nbytes)
 
 
 def _pack(pool: BufferPool, rows: Rows, transfer: Transfer) -> Lease:
@@ -176,7 +174,7 @@ class Blocks:
     def __init__(self, transport: Transport, kind: str, own: Rows) -> None:
         self._transport = transport
         self._kind = kind
-        self._own = own
+        self.own = own
         self._held = {transport.rank: own}
 
     def __getitem__(self, origin: int) -> Rows:
@@ -187,7 +185,7 @@ class Blocks:
         for transfer in step.sends:
             messages.send(self[transfer.origin], transfer, self._kind)
         for transfer in step.recvs:
-            self._held[transfer.origin] = messages.receive(self._own, transfer, self._kind)
+            self._held[transfer.origin] = messages.receive(self.own, transfer, self._kind)
 
     def release(self, origins: Iterable[int]) -> None:
         for origin in origins:

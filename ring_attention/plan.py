@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,7 +178,6 @@ class Plan:
         backward_steps: what to do in the backward; the same, if the same travels.
         ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
             merged layouts and for its share of the heads; None without.
-        own_split: rows of the own key block in front of the point where half its flops are done.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
 
@@ -190,7 +190,6 @@ class Plan:
     resident: int
     ranks_per_node: int
     steps: tuple[Step, ...] = field(repr=False, compare=False)
-    own_split: int = field(repr=False, compare=False)
     digest: int = field(repr=False)
     backward_steps: tuple[Step, ...] = field(repr=False, compare=False)
     _reads: _planner.Reads = field(repr=False, compare=False)
@@ -199,6 +198,7 @@ class Plan:
     ring: Plan | None = field(default=None, repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
     _query_cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
         """What the own query rows see of a block that this rank folds.
@@ -258,6 +258,41 @@ class Plan:
         begin, end = both.expand(2, used, samples, rows)
         return begin, end
 
+    def own_split(
+        self, kv_itemsize: int, grad_itemsize: int, steps: Sequence[Step] | None = None
+    ) -> int:
+        """How many rows of the own key block the backward folds first; the others come last.
+
+        The first part hides the first K/V hop, the last part the last gradient hop: they share the
+        block's flops as those hops share the bytes.
+
+        Args:
+            kv_itemsize, grad_itemsize: bytes per element of K/V and of dK/dV on their way, or per
+                row of what travels and of what goes home.
+            steps: those with the hops; None: of the backward.
+        """
+        if self.ring is not None:
+            return self.ring.own_split(kv_itemsize, grad_itemsize, steps)
+        steps = self.backward_steps if steps is None else steps
+        first, last = steps[0], steps[-1]
+        kv = kv_itemsize * max(first.rows, sum(t.num_rows for t in first.recvs))
+        grad = grad_itemsize * max(last.grad_rows, sum(t.num_rows for t in last.grad_recvs))
+        if grad == 0:  # nothing to hide at the end
+            return self.k_layout.sizes[self.rank]
+        split = self._splits.get((kv, grad))
+        if split is None:
+            begin, end = self.intervals(self.rank)
+
+            def done(rows: int) -> int:  # pairs of the first rows, times the bytes of both hops
+                below = end.clamp(max=rows) - begin.clamp(max=rows)
+                return (kv + grad) * int(below.sum(dtype=torch.int64))
+
+            rows = self.k_layout.sizes[self.rank]
+            wanted = kv * done(rows) // (kv + grad)
+            split = bisect_left(range(rows), wanted, key=done)
+            self._splits[kv, grad] = split
+        return split
+
     @cached_property
     def handle(self) -> Tensor:
         """An int64 CPU tensor that stands for this plan in compiled graphs; see registry.py."""
@@ -282,10 +317,20 @@ class Plan:
         own = _planner.Ranges([(0, layout.sizes[self.rank])])
         return {self.rank: own} | {t.origin: t.ranges for s in steps for t in s.recvs}
 
-    def held_rows(self, traveller: str) -> dict[int, int]:
-        """How many rows of every block this rank holds at some time, by origin."""
-        held = self._held if traveller == "kv" else self._held_queries
-        return {origin: ranges.rows for origin, ranges in held.items()}
+    @cached_property
+    def held_rows(self) -> dict[int, int]:
+        """How many rows of every block of K/V this rank holds at some time, by origin."""
+        return {origin: ranges.rows for origin, ranges in self._held.items()}
+
+    @cached_property
+    def held_query_rows(self) -> dict[int, int]:
+        """As held_rows, of queries that travel."""
+        return {origin: ranges.rows for origin, ranges in self._held_queries.items()}
+
+    @cached_property
+    def last_due(self) -> int:
+        """The hop after which nothing is under way any more."""
+        return last_due(self.backward_steps)
 
     @property
     def flops(self) -> tuple[int, ...]:
@@ -532,7 +577,6 @@ def plan(
         traveller=both,
         steps=made[both[0]],
         backward_steps=made[both[1]],
-        own_split=reads.own_split(me),
         digest=_digest(mask, q_layout, k_layout, generator, resident, locals_, *both),
         _reads=reads,
     )

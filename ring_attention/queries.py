@@ -67,7 +67,7 @@ def forward(
             add_to(state, rows, [clipped(plan.query_intervals(origin), keys)])
 
     add_to((acc, m, l), q, [], sinks)  # sinks count once: at the owner of the queries
-    held = plan.held_rows("q")
+    held = plan.held_query_rows
     send_home(plan, plan.steps, held, transport, "forward", blocks, states, fold)
     out, lse = ops.empty_output(q, v)
     ops.finish_(acc, m, l, out, lse)
@@ -115,7 +115,7 @@ def backward(
                 softcap=softcap,
             )
 
-    held = plan.held_rows("q")
+    held = plan.held_query_rows
     send_home(plan, plan.backward_steps, held, transport, "backward", blocks, sums, fold)
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

@@ -87,12 +87,17 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.pool = BufferPool()
         self.book = CallBook()
-        self.rings: dict[int, Transport] = {}  # Ulysses degree -> this rank's ring
+        self.rings: dict[int, Transport] = {}  # Ulysses degree -> this rank's part of the group
 
     @property
-    def traced_rank(self) -> int:
-        """The rank that a trace shows: in the whole group."""
-        return self.rank
+    def ring(self) -> str:
+        """The group's name in traces: the same on all its ranks."""
+        return self.name
+
+    @property
+    def place(self) -> str:
+        """Which of a job's processes or virtual ranks this is, for traces."""
+        return f"rank{dist.get_rank()}" if dist.is_initialized() else f"rank{self.rank}"
 
     @property
     @abstractmethod
@@ -193,6 +198,10 @@ class ProcessGroupTransport(Transport):
     def post(self, messages: Sequence[Message]) -> Pending:
         if not messages:  # an empty batch raises
             return _Complete()
+        # Receives first. gloo sends once the peer has said that it receives, and says so in the
+        # stream that carries its own message: behind it, if that was posted first, and the two
+        # directions of a link would take turns.
+        messages = sorted(messages, key=lambda message: message.sending)
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
@@ -237,8 +246,12 @@ class Subring(Transport):
         self.name = f"{parent.name}/{self._members}"
 
     @property
-    def traced_rank(self) -> int:
-        return self._parent.traced_rank
+    def ring(self) -> str:
+        return f"{self._parent.ring}/{self._members}"
+
+    @property
+    def place(self) -> str:
+        return self._parent.place
 
     @property
     def store(self) -> Any:

@@ -71,6 +71,7 @@ class _Exchange:
         misaligned.
         """
         start_s = trace.now()
+        posting = trace.begin("post", self._phase, self._transport, -1)
         pool, leases, messages, received = self._transport.pool, [], [], {}
         for member in self._others:
             like = sends[member]
@@ -87,13 +88,11 @@ class _Exchange:
                     messages.append(Message(lease.flat, peer, "heads", 0, sending))
         self._leases = leases
         pending = self._transport.post(messages)
-        nbytes = sum(message.nbytes for message in messages)
-        rank = self._transport.traced_rank
-        trace.emit("post", self._phase, rank, -1, start_s, nbytes)
-        wait_s = trace.now()
+        posting.end(messages)
+        waiting = trace.begin("wait", self._phase, self._transport, -1)
         pending.wait()
-        trace.emit("wait", self._phase, rank, -1, wait_s, nbytes)
-        trace.emit("transfer", self._phase, rank, -1, start_s, nbytes)
+        waiting.end(messages)
+        trace.emit("transfer", self._phase, self._transport, -1, start_s, messages)
         return received
 
     def release(self) -> None:

@@ -98,6 +98,14 @@ class VirtualGroup(Transport):
         self.name = f"{world.name}/{rank}"
 
     @property
+    def ring(self) -> str:
+        return self._world.name
+
+    @property
+    def place(self) -> str:
+        return f"virtual{self.rank}"
+
+    @property
     def store(self) -> Any:
         return self._world.store
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from ring_attention.layout import Contiguous, Layout, Striped, Zigzag
+from ring_attention.layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ring_attention.mask import (
     Causal,
     Chunks,
@@ -25,9 +25,13 @@ KINDS = ("full", "causal", "window", "prefix", "first", "length", "chunks", "spa
 
 @st.composite
 def layouts(draw: st.DrawFn, length: int, world_size: int) -> Layout:
-    kind = draw(st.sampled_from([Contiguous, Zigzag, Striped]))
+    kind = draw(st.sampled_from([Contiguous, Zigzag, Striped, DocumentBalanced]))
     if kind is Striped:
         return Striped(length, world_size, draw(st.integers(1, 9)))
+    if kind is DocumentBalanced:
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=5)))
+        slack = draw(st.sampled_from([1.0, 1.25, 2.0]))
+        return DocumentBalanced([0, *cuts, length], world_size, slack)
     return kind(length, world_size)
 
 

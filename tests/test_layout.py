@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import pickle
+import random
+import time
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -14,8 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ring_attention.layout
-from ring_attention.layout import LAYOUTS, Contiguous, Layout, Run, Striped, Zigzag
+import ring_attention.layout_base
+import ring_attention.layout_documents
+from ring_attention.layout import (
+    LAYOUTS,
+    Contiguous,
+    DocumentBalanced,
+    Layout,
+    Run,
+    Striped,
+    Zigzag,
+)
+from ring_attention.mask import Causal, Documents, Full, Window
+from ring_attention.plan import plan
 from ring_attention.ring import rank_of
 from ring_attention.virtual import run_virtual
 from strategies import layouts
@@ -57,8 +72,98 @@ def test_who_holds_what() -> None:
 def test_sizes_are_even(make: Any) -> None:
     """No shard is more than a block (zigzag: two chunk remainders) longer than another."""
     for length in range(40, 61):
-        sizes = make(length, 4).sizes
-        assert max(sizes) - min(sizes) <= 3
+        layout = make(length, 4)
+        if isinstance(layout, DocumentBalanced):  # even in work, bounded in tokens
+            assert max(layout.sizes) <= layout.max_tokens == math.ceil(1.25 * length / 4)
+        else:
+            assert max(layout.sizes) - min(layout.sizes) <= 3
+
+
+def packed(length: int, seed: int, median: int, sigma: float, *giants: int) -> list[int]:
+    """cu_seqlens of documents with log-normal lengths and some giants, shuffled."""
+    rng = random.Random(seed)
+    lengths = list(giants)
+    while (rest := length - sum(lengths)) > 0:
+        lengths.append(min(rest, max(1, int(rng.lognormvariate(math.log(median), sigma)))))
+    rng.shuffle(lengths)
+    return [0, *accumulate(lengths)]
+
+
+LENGTH = 1 << 19
+DISTRIBUTIONS = {
+    "log-normal": (1000, 1.5),
+    "heavy tail": (500, 2.0),
+    "one giant": (1000, 1.5, LENGTH // 10),
+    "a few giants": (1000, 1.5, LENGTH // 4, LENGTH // 8, LENGTH // 8),
+}
+
+
+def pairs_and_rows(layout: Layout, mask: Any) -> tuple[list[int], list[int]]:
+    """Per rank: visible pairs, and K/V rows sent."""
+    plans = [plan(mask, layout, rank=rank) for rank in range(layout.world_size)]
+    return [sum(p.flops) for p in plans], [sum(p.rows) for p in plans]
+
+
+@pytest.mark.parametrize("world_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_documents_are_balanced(name: str, world_size: int) -> None:
+    """Within 5% of the mean work where zigzag and contiguous are at 1.7 times the mean and more."""
+    for seed in range(2):
+        cu = packed(LENGTH, seed, *DISTRIBUTIONS[name])
+        mask = Causal() & Documents(cu)
+        layout = DocumentBalanced(cu, world_size)
+        pairs, rows = pairs_and_rows(layout, mask)
+        assert sum(pairs) == sum(n * (n + 1) // 2 for n in map(int.__sub__, cu[1:], cu))
+        assert max(pairs) * world_size <= 1.05 * sum(pairs)
+        assert max(layout.sizes) <= layout.max_tokens <= 1.25 * LENGTH / world_size + 1
+        # A ring that sends everything sends every row to all but one rank.
+        assert sum(rows) <= 0.2 * LENGTH * (world_size - 1)
+        others = [pairs_and_rows(kind(LENGTH, world_size), mask) for kind in (Zigzag, Contiguous)]
+        for other_pairs, _ in others:
+            assert max(other_pairs) * world_size > 1.3 * sum(pairs)
+
+
+def test_short_documents_stay_whole_and_long_ones_are_zigzag() -> None:
+    layout = DocumentBalanced([0, 800, 900, 1000, 1100, 1200], 4)
+    owners = [
+        {r for r in range(4) if bool(torch.isin(torch.arange(b, e), layout.positions(r)).any())}
+        for b, e in ((0, 800), (800, 900), (900, 1000), (1000, 1100), (1100, 1200))
+    ]
+    assert len(owners[0]) == 4 and all(len(ranks) == 1 for ranks in owners[1:])
+    assert len(set.union(*owners[1:])) == 4
+    pairs, _ = pairs_and_rows(layout, Causal() & Documents(layout.cu_seqlens))
+    assert max(pairs) * 4 <= 1.03 * sum(pairs)
+    whole = DocumentBalanced([0, 5, 10, 15, 20], 4, slack=1)
+    assert pairs_and_rows(whole, Full() & Documents(whole.cu_seqlens))[1] == [0, 0, 0, 0]
+
+
+def test_a_window_makes_work_linear() -> None:
+    cu = packed(LENGTH, 0, 1000, 1.5, LENGTH // 4)
+    mask = Causal() & Window(511, 0) & Documents(cu)
+    work = {}
+    for window in (None, 512):
+        pairs, _ = pairs_and_rows(DocumentBalanced(cu, 64, window=window), mask)
+        work[window] = max(pairs) * 64 / sum(pairs)
+    assert work[512] <= 1.05 < work[None]
+
+
+@given(data=st.data(), length=st.integers(0, 300), world_size=st.integers(1, 9))
+def test_tokens_are_bounded(data: st.DataObject, length: int, world_size: int) -> None:
+    cuts = data.draw(st.lists(st.integers(0, length), max_size=20))
+    slack = data.draw(st.sampled_from([1, 1.1, 1.25, 2.0, 100]))
+    window = data.draw(st.sampled_from([None, 1, 7]))
+    layout = DocumentBalanced([0, *sorted(cuts), length], world_size, slack, window)
+    check_bijection(layout)
+    assert max(layout.sizes) <= layout.max_tokens < slack * length / world_size + 1
+
+
+def test_balancing_many_documents_is_quick() -> None:
+    """10,000 documents on 4,096 ranks."""
+    cu = packed(10_000_000, 0, 600, 1.0, 1_000_000)
+    start_s = time.process_time()
+    layout = DocumentBalanced(cu, 4096)
+    assert len(cu) > 9000 and sum(layout.sizes) == 10_000_000
+    assert time.process_time() - start_s < 5
 
 
 @given(data=st.data(), length=st.integers(0, 40), world_size=st.integers(1, 5))
@@ -127,6 +232,18 @@ def test_refusals() -> None:
         Contiguous(8, 0)
     with pytest.raises(ValueError, match=r"Striped: expected an integer block >= 1, got 0"):
         Striped(8, 2, 0)
+    with pytest.raises(
+        ValueError, match=r"DocumentBalanced: expected cu_seqlens that ascend from 0"
+    ):
+        DocumentBalanced([0, 5, 4], 2)
+    with pytest.raises(
+        ValueError, match=r"DocumentBalanced: expected cu_seqlens that ascend from 0"
+    ):
+        DocumentBalanced([], 2)
+    with pytest.raises(ValueError, match=r"expected slack >= 1, got 0.9; the ranks must hold all"):
+        DocumentBalanced([0, 5], 2, slack=0.9)
+    with pytest.raises(ValueError, match=r"expected an integer window >= 1, got 0"):
+        DocumentBalanced([0, 5], 2, window=0)
     with pytest.raises(ValueError, match=r"Zigzag.shard: expected labels.shape\[1\] == 8, got sh"):
         layout.shard({"labels": torch.zeros(2, 7)}, 0)
     with pytest.raises(ValueError, match=r"expected x.shape\[3\] == 8, got shape \(2, 8\)"):
@@ -161,4 +278,6 @@ def test_a_broken_layout_is_refused() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(ring_attention.layout, extraglobs={"torch": torch}).failed == 0
+    names = {"torch": torch, "Zigzag": Zigzag, "Striped": Striped}
+    for module in (ring_attention.layout_base, ring_attention.layout_documents):
+        assert doctest.testmod(module, extraglobs=names).failed == 0

@@ -302,6 +302,10 @@ def error(got: Tensor, exact: Tensor) -> float:
     return difference.nan_to_num(nan=math.inf).max().item() if got.numel() else 0.0
 
 
+def rms_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact).square().mean().sqrt().item()
+
+
 def ulp(exact: Tensor, dtype: torch.dtype) -> float:
     """One unit in the last place of the largest entry."""
     finite = exact[torch.isfinite(exact)]
@@ -367,14 +371,22 @@ def folded(p: Problem, groups: Sequence[Sequence[Any]]) -> list[Tensor]:
 @pytest.mark.parametrize(("mask", "head_dim"), [(causal, 128), *((mask, 64) for mask in MASKS)])
 def test_error_is_at_most_twice_torchs(mask: Any, head_dim: int, dtype: torch.dtype) -> None:
     p = problem(dtype, mask, q_len=113, k_len=203, head_dim=head_dim, dlse=False)
-    exact = theirs(p, torch.float64)
     out, _, *grads = ours(p)
+
+    def without_lse(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0], *tensors[2:]]
+
+    exact, unfused = (without_lse(theirs(p, d)) for d in (torch.float64, dtype))
     names = ("out", "dq", "dk", "dv")
-    best = (exact[0], *exact[2:])
-    for name, a, b, c in zip(names, (out, *grads), torchs(p), best, strict=True):
-        # Where torch happens to be exact to the last place, so much is allowed.
-        bound = 2 * max(error(b, c), ulp(c, dtype))
-        assert error(a, c) <= bound, f"{name}: {error(a, c):.3g} > {bound:.3g}"
+    for name, got, fused, plain, best in zip(
+        names, (out, *grads), torchs(p), unfused, exact, strict=True
+    ):
+        assert rms_error(got, best) <= 2 * rms_error(fused, best), name
+        # The largest of so many errors is a matter of luck too: torch's is that of its fused or, in
+        # float32, of its plain attention. Where both are exact to the last place, that is allowed.
+        luck = error(plain, best) if dtype == torch.float32 else 0.0
+        bound = 2 * max(error(fused, best), luck, ulp(best, dtype))
+        assert error(got, best) <= bound, f"{name}: {error(got, best):.3g} > {bound:.3g}"
 
 
 @pytest.mark.isa

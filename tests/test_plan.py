@@ -253,9 +253,7 @@ def check(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
                 pairs_of(dense[:1] if shared else dense, p, o) for o in step.folds
             )
         own = pairs[:, :, k.positions(p.rank)].sum((0, 1)).cumsum(0)
-        total = int(own[-1]) if len(own) else 0
-        half = [0, *(2 * own).tolist()]
-        assert half[p.own_split] >= total and (p.own_split == 0 or half[p.own_split - 1] < total)
+        check_own_split(p, own)
         assert [s.number for s in p.steps] == sorted({s.number for s in p.steps})
         assert all(s.folds + s.sends + s.recvs + s.grad_sends + s.grad_recvs for s in p.steps[1:])
 
@@ -265,6 +263,22 @@ def pairs_of(dense: Tensor, p: Plan, origin: int) -> int:
     reader, keys = (origin, p.rank) if p.traveller[0] == "q" else (p.rank, origin)
     mine = dense[:, p.q_layout.positions(reader)]
     return int(mine[:, :, p.k_layout.positions(keys)].sum())
+
+
+def check_own_split(p: Plan, done: Tensor) -> None:
+    """The own block is split where its first part has the share of flops that K/V have of bytes."""
+    first, last = p.steps[0], p.steps[-1]
+    for kv_itemsize, grad_itemsize in ((2, 4), (4, 4)):
+        kv = kv_itemsize * max(sum(t.num_rows for t in ts) for ts in (first.sends, first.recvs))
+        ends = (last.grad_sends, last.grad_recvs)
+        grad = grad_itemsize * max(sum(t.num_rows for t in ts) for ts in ends)
+        split = p.own_split(kv_itemsize, grad_itemsize)
+        if grad == 0:
+            assert split == len(done)
+            continue
+        part = [0, *((kv + grad) * done).tolist()]  # times the bytes of both hops
+        wanted = kv * (int(done[-1]) if len(done) else 0)
+        assert part[split] >= wanted and (split == 0 or part[split - 1] < wanted)
 
 
 def counted_rows(dense: Tensor, p: Plan) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ring_cases
 from ring_attention import trace
-from ring_attention.layout import Contiguous, Layout, Striped, Zigzag
+from ring_attention.layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ring_attention.mask import (
     Causal,
     Chunks,
@@ -30,6 +30,7 @@ LAYOUTS = {
     "contiguous": Contiguous,
     "zigzag": Zigzag,
     "striped": Striped,
+    "documents": lambda length, size: DocumentBalanced([0, 5, 6, 41, length], size),
     "striped5": lambda length, size: Striped(length, size, block=5),
 }
 MASKS: dict[str, Mask] = {
@@ -349,3 +350,26 @@ def test_reference_and_error_can_fail() -> None:
     with pytest.raises(AssertionError, match="out: error"):
         assert_exact(got, case)
     assert error(got["dq"], got["dq"]) == 0.0
+
+
+def posted(group) -> list[str]:
+    """The order in which this rank's transport hands messages to the backend."""
+    order: list[str] = []
+    batch = torch.distributed.batch_isend_irecv
+
+    def batch_isend_irecv(operations):
+        order.append(" ".join(operation.op.__name__ for operation in operations))
+        return batch(operations)
+
+    torch.distributed.batch_isend_irecv = batch_isend_irecv
+    try:
+        run_rank(group, Case(LENGTH, mask=Full()), Contiguous(LENGTH, group.size()))
+    finally:
+        torch.distributed.batch_isend_irecv = batch
+    return order
+
+
+def test_receives_are_posted_before_sends(pools) -> None:
+    # Otherwise the two directions of a link between gloo processes take turns.
+    for order in pools(2).run(posted):
+        assert order == ["irecv isend"] * 3

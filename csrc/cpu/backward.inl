@@ -39,6 +39,8 @@ class Backward {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
+  // Whether P is worth the part of lse that its rounding to log2 units loses.
+  static constexpr bool kExactLse = sizeof(Elem) == sizeof(float);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -78,6 +80,7 @@ class Backward {
     scratch.array(dout_copy_, rows / kPair * round_up(v_width_, kLaneBlock));
     scratch.array(dq_, rows * width_);
     scratch.array(lse_, rows);
+    scratch.array(lse_low_, kExactLse ? rows : 0);
     scratch.array(delta_, rows);
     scratch.array(weights_, shape_.stripe * panel);
     scratch.array(p_rows_, keys * pass_units_);
@@ -166,6 +169,7 @@ class Backward {
   // multiplied.
   struct Panel {
     const State* lse;
+    const State* lse_low;
     const State* delta;
     const State* low;
     const State* high;
@@ -186,6 +190,7 @@ class Backward {
   Panel panel_of(int64_t u, int64_t from, int64_t stripe) const {
     const int64_t panel = tile_.panel, at = stripe * pass_units_ + pass_column(u);
     Panel view = {.lse = lse_ + u * panel,
+                  .lse_low = lse_low_ + u * panel,
                   .delta = delta_ + u * panel,
                   .low = tile_.low,
                   .high = tile_.high,
@@ -242,6 +247,7 @@ class Backward {
     for (int v = 0; v < kVecs; ++v) {
       const int64_t at = lane + v * kLanes;
       const V lse = V::load(panel.lse + at);
+      const V lse_low = kExactLse ? V::load(panel.lse_low + at) : V::zero();
       V low = V::zero(), high = V::zero();
       if constexpr (kMasked) low = V::load(panel.low + at), high = V::load(panel.high + at);
 #pragma GCC unroll 32
@@ -251,8 +257,10 @@ class Backward {
         for (int s = 0; s < kPair; ++s) {
           V score = scores[r + s][v];
           if constexpr (kCapped) score = tanh(score * slope);
+          V exponent = score * scale - lse;
+          if constexpr (kExactLse) exponent = exponent - lse_low;
           // P <= 1, however far the rounding of a huge score carries it.
-          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), score * scale - lse));
+          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), exponent));
           if constexpr (kMasked) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }
@@ -370,11 +378,14 @@ class Backward {
       // A row without a key, and padding, must have P = 0: its lse reads as +inf.
       lse_[i] = kInfinity;
       delta_[i] = 0;
+      if constexpr (kExactLse) lse_low_[i] = 0;
       if (!tile_.real(i)) continue;
       const int64_t row = tile_.flat(i, p_);
       const State lse = static_cast<const State*>(p_.lse)[row];
       if (lse == -kInfinity) continue;
-      lse_[i] = lse * kLog2e;
+      const Log2Units<State> log2_units(lse);
+      lse_[i] = log2_units.high;
+      if constexpr (kExactLse) lse_low_[i] = log2_units.low;
       delta_[i] = static_cast<const State*>(p_.delta)[row];
     }
   }
@@ -448,6 +459,7 @@ class Backward {
   Unit* dout_copy_;
   State* dq_;       // dQ^T [panels][width][panel]
   State* lse_;      // [rows], log2 units
+  State* lse_low_;  // [rows], what rounding took from lse_
   State* delta_;    // [rows]
   State* weights_;  // [stripe][panel], see weights()
   Unit* p_rows_;    // P^T [key block][pass / pair]: pairs of queries

@@ -27,7 +27,6 @@ class FewRows {
   static constexpr int kLanes = V::kLanes;
   static constexpr int64_t kMostRows = 16, kKeyBlock = 128;
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
-  static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -356,7 +355,7 @@ class FewRows {
       const bool empty = l_[r] == 0;
       scale_row<Rows>(acc_ + r * v_width_, p_.v_head_dim, empty ? State{0} : State{1} / l_[r],
                       static_cast<Elem*>(p_.out) + offset(r, p_.out_stride));
-      static_cast<State*>(p_.lse)[flat(r)] = empty ? -kInfinity : (m_[r] + std::log2(l_[r])) * kLn2;
+      static_cast<State*>(p_.lse)[flat(r)] = log_sum_exp(m_[r], l_[r]);
     }
   }
 

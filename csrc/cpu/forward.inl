@@ -42,7 +42,6 @@ class Forward {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
-  static constexpr State kLn2 = static_cast<State>(0.69314718055994530942L);
   static constexpr State kMostSum = 0x1p24;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
@@ -445,8 +444,7 @@ class Forward {
       const State inverse = empty ? State{0} : State{1} / l_[i];
       Elem* out = static_cast<Elem*>(p_.out) + tile_.offset(i, p_.out_stride);
       scale_row<Arch>(acc, p_.v_head_dim, inverse, out);
-      static_cast<State*>(p_.lse)[tile_.flat(i, p_)] =
-          empty ? -kInfinity : (m_[i] + std::log2(l_[i])) * kLn2;
+      static_cast<State*>(p_.lse)[tile_.flat(i, p_)] = log_sum_exp(m_[i], l_[i]);
     });
   }
 

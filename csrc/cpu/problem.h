@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../params.h"
+#include "logarithms.h"
 
 namespace ring_attention::cpu {
 

@@ -7,6 +7,7 @@
 
 #include "elements.h"
 #include "kernels.h"
+#include "logarithms.h"
 
 namespace ring_attention::cpu {
 namespace {
@@ -50,8 +51,7 @@ void finish_row(const ForwardParams& p, int64_t row) {
   Elem* out = static_cast<Elem*>(p.out) + offset(row, p.heads, p.q_len, p.out_stride);
   const State inverse = l == 0 ? State{0} : State{1} / l;
   for (int64_t d = 0; d < p.v_head_dim; ++d) narrow(acc[d] * inverse, out[d]);
-  static_cast<State*>(p.lse)[row] = l == 0 ? -std::numeric_limits<State>::infinity()
-                                           : (m + std::log2(l)) * State{0.693147180559945309};
+  static_cast<State*>(p.lse)[row] = log_sum_exp(m, l);
 }
 
 template <typename Elem>

@@ -146,19 +146,4 @@ int64_t Reads::pairs(int64_t reader, const Shard& keys) const {
   return pairs;
 }
 
-int64_t Reads::own_split(int64_t rank) const {
-  const Shard& own = k_.shard(rank);
-  const int64_t total = pairs(rank, own);
-  int64_t low = 0, high = own.size();
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (2 * pairs(rank, own.first(middle)) < total) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 }  // namespace ring_attention::plan

@@ -39,8 +39,6 @@ class Reads {
   Ranges viewers(int64_t owner, const Shard& keys) const;
   // Query-key pairs between a shard of queries and a shard of keys, summed over the samples.
   int64_t pairs(int64_t reader, const Shard& keys) const;
-  // The number of own key rows after which half of the pairs of the own block are done.
-  int64_t own_split(int64_t rank) const;
 
  private:
   std::vector<Segments> samples_;

@@ -3,4 +3,4 @@
 ``arguments(parser)`` and ``run(args) -> exit code``.
 """
 
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("plan", "calibrate", "trace")
