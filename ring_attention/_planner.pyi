@@ -83,6 +83,11 @@ class Reads:
     @property
     def samples(self) -> int: ...
     def schedule(
-        self, rank: int, generator: str, resident: int, ranks_per_node: int
+        self,
+        rank: int,
+        generator: str,
+        resident: int,
+        ranks_per_node: int,
+        queries_travel: bool,
     ) -> list[Step]: ...
     def key_intervals(self, rank: int, origin: int, held: Ranges) -> KeyIntervals: ...

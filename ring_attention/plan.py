@@ -9,11 +9,13 @@ ring loop runs any plan; how steps come about is up to a generator in csrc/plan/
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +27,9 @@ from . import _planner
 from .device_copy import DeviceCopy
 from .layout import Layout
 from .mask_algebra import Mask, at_least, refuse
+from .merged import Merged
 from .registry import register
+from .ring import degrees_of
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
 # Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
@@ -156,6 +160,20 @@ class _Cached:
     end: Tensor
 
 
+def last_due(steps: Sequence[Step]) -> int:
+    """The hop after which nothing of these steps is under way any more."""
+    transfers = [t for s in steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)]
+    return max([steps[-1].number, *(t.due for t in transfers)])
+
+
+def _clipped(both: Tensor, keys: tuple[int, int] | None) -> Tensor:
+    """Begins and ends, in place, as far as they lie in a range of keys."""
+    if keys is not None:
+        both[0].clamp_(min=keys[0])
+        both[1].clamp_(max=keys[1])
+    return both
+
+
 class _Cache:
     """Intervals, least recently used first out; shared by the threads of a process."""
 
@@ -191,8 +209,14 @@ class Plan:
 
     Attributes:
         rank, world_size: whose plan, of how many.
-        mask, q_layout, k_layout, generator, resident, ranks_per_node: what it was made from.
-        steps: what to do; at least one.
+        mask, q_layout, k_layout, generator, resident, ranks_per_node, ulysses: what it was made
+            from.
+        traveller: what goes around in the forward and in the backward: "kv" or "q". The steps of
+            "q" say queries where Step says K/V, and a state or dQ where it says dK/dV.
+        steps: what to do; at least one. With ulysses > 1 they are those of `ring`.
+        backward_steps: what to do in the backward; the same, if the same travels.
+        ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
+            merged layouts and for its share of the heads; None without.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
 
@@ -206,8 +230,13 @@ class Plan:
     ranks_per_node: int
     steps: tuple[Step, ...] = field(repr=False, compare=False)
     digest: int = field(repr=False)
+    backward_steps: tuple[Step, ...] = field(repr=False, compare=False)
     _reads: _planner.Reads = field(repr=False, compare=False)
+    traveller: tuple[str, str] = ("kv", "kv")
+    ulysses: int = 1
+    ring: Plan | None = field(default=None, repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _query_cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
     _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def intervals(
@@ -230,33 +259,74 @@ class Plan:
             key_begin, key_end: int32 [n, B or 1, q_len], ``begin >= end`` for a row that sees
             nothing; expanded (stride 0) if all rows are alike.
         """
+        if self.ring is not None:
+            return self.ring.intervals(origin, device, keys)
         key = origin, device, keys
         cached = self._cache.get(key)
         if cached is not None:
             return cached
         if origin not in self._held:
             refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
-        view = self._reads.key_intervals(self.rank, origin, self._held[origin])
-        rows = self.q_layout.sizes[self.rank]
+        both = self._intervals(self.rank, origin, self._held[origin])
+        return self._cache.put(key, _clipped(both, keys), self.q_layout.sizes[self.rank])
+
+    def query_intervals(
+        self,
+        origin: int,
+        device: torch.device = _CPU,
+        keys: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the queries of a travelling block see of the own keys.
+
+        Args:
+            origin, device, keys: as in `intervals`; the block is one of queries.
+
+        Returns:
+            key_begin, key_end: int32 [n, B or 1, rows of the block as held], as in `intervals`.
+        """
+        if self.ring is not None:
+            return self.ring.query_intervals(origin, device, keys)
+        key = origin, device, keys
+        cached = self._query_cache.get(key)
+        if cached is not None:
+            return cached
+        held = self._held_queries[origin]
+        whole = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
+        both = self._intervals(origin, self.rank, whole)
+        if held.rows < both.shape[3]:
+            index = torch.empty(held.rows, dtype=torch.int64)
+            held.fill(index.data_ptr())
+            both = both.index_select(3, index)
+        return self._query_cache.put(key, _clipped(both, keys), held.rows)
+
+    def _intervals(self, reader: int, origin: int, held: _planner.Ranges) -> Tensor:
+        """What all queries of a rank see of the rows held of a block of keys.
+
+        Returns:
+            begins and ends, int32 [2, n, B or 1, q_len], or [..., 1] if all rows are alike.
+        """
+        view = self._reads.key_intervals(reader, origin, held)
         both = torch.empty(2, view.most, self._samples, view.rows, dtype=torch.int32)
         used = view.fill(both[0].data_ptr(), both[1].data_ptr())
-        if used < view.most:
-            both = both[:, :used].clone()
-        if keys is not None:
-            both[0].clamp_(min=keys[0])
-            both[1].clamp_(max=keys[1])
-        return self._cache.put(key, both, rows)
+        return both[:, :used].clone() if used < view.most else both
 
-    def own_split(self, kv_itemsize: int, grad_itemsize: int) -> int:
+    def own_split(
+        self, kv_itemsize: int, grad_itemsize: int, steps: Sequence[Step] | None = None
+    ) -> int:
         """How many rows of the own key block the backward folds first; the others come last.
 
         The first part hides the first K/V hop, the last part the last gradient hop: they share the
         block's flops as those hops share the bytes.
 
         Args:
-            kv_itemsize, grad_itemsize: bytes per element of K/V and of dK/dV on their way.
+            kv_itemsize, grad_itemsize: bytes per element of K/V and of dK/dV on their way, or per
+                row of what travels and of what goes home.
+            steps: those with the hops; None: of the backward.
         """
-        first, last = self.steps[0], self.steps[-1]
+        if self.ring is not None:
+            return self.ring.own_split(kv_itemsize, grad_itemsize, steps)
+        steps = self.backward_steps if steps is None else steps
+        first, last = steps[0], steps[-1]
         kv = kv_itemsize * max(first.rows, sum(t.num_rows for t in first.recvs))
         grad = grad_itemsize * max(last.grad_rows, sum(t.num_rows for t in last.grad_recvs))
         if grad == 0:  # nothing to hide at the end
@@ -286,21 +356,33 @@ class Plan:
 
     @cached_property
     def _held(self) -> dict[int, _planner.Ranges]:
-        own = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
-        return {self.rank: own} | {t.origin: t.ranges for s in self.steps for t in s.recvs}
+        return self._blocks("kv", self.k_layout)
+
+    @cached_property
+    def _held_queries(self) -> dict[int, _planner.Ranges]:
+        return self._blocks("q", self.q_layout)
+
+    def _blocks(self, traveller: str, layout: Layout) -> dict[int, _planner.Ranges]:
+        """The rows of every block that this rank holds at some time."""
+        both = zip(self.traveller, (self.steps, self.backward_steps), strict=True)
+        steps = next((steps for what, steps in both if what == traveller), ())
+        own = _planner.Ranges([(0, layout.sizes[self.rank])])
+        return {self.rank: own} | {t.origin: t.ranges for s in steps for t in s.recvs}
 
     @cached_property
     def held_rows(self) -> dict[int, int]:
-        """Rows of every block that this rank holds at some time, by origin."""
+        """How many rows of every block of K/V this rank holds at some time, by origin."""
         return {origin: ranges.rows for origin, ranges in self._held.items()}
+
+    @cached_property
+    def held_query_rows(self) -> dict[int, int]:
+        """As held_rows, of queries that travel."""
+        return {origin: ranges.rows for origin, ranges in self._held_queries.items()}
 
     @cached_property
     def last_due(self) -> int:
         """The hop after which nothing is under way any more."""
-        transfers = [
-            t for s in self.steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)
-        ]
-        return max([self.steps[-1].number, *(t.due for t in transfers)])
+        return last_due(self.backward_steps)
 
     @property
     def flops(self) -> tuple[int, ...]:
@@ -333,6 +415,10 @@ class Plan:
             how += f" in nodes of {self.ranks_per_node}"
         if self.resident > 1:
             how += f", {self.resident} resident"
+        if self.ulysses > 1:
+            how += f", heads over {self.ulysses}"
+        if "q" in self.traveller:
+            how += f", {'/'.join(self.traveller)} travel"
         return (
             f"Plan({self.mask!r} on {layout}, {how}, rank {self.rank} of "
             f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "
@@ -376,6 +462,55 @@ def _schedule(
     return generator, ranks_per_node
 
 
+def _nodes_of_ring(world_size: int, ranks_per_node: int | None, ulysses: int) -> int | None:
+    """The ranks per node of a ring under Ulysses; None if there is one ring rank in each."""
+    fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if ulysses not in fits:
+        refuse("plan", f"ulysses of {fits}", ulysses, f"it splits {world_size} ranks")
+    if ranks_per_node is None:
+        return None
+    if ranks_per_node % ulysses:
+        remedy = "a Ulysses group does not cross nodes"
+        refuse("plan", f"ulysses to divide ranks_per_node = {ranks_per_node}", ulysses, remedy)
+    return None if ulysses in (ranks_per_node, world_size) else ranks_per_node // ulysses
+
+
+def _travellers(
+    traveller: str | tuple[str, str],
+    like: tuple[Tensor, Tensor, Tensor] | None,
+    q_layout: Layout,
+    k_layout: Layout,
+    generator: str,
+) -> tuple[str, str]:
+    """What travels in the forward and in the backward."""
+    if traveller == "auto":
+        if like is None:
+            refuse("plan", 'like with traveller="auto"', None, "pass like=(q, k, v)")
+        return _cheapest(*like, q_layout, k_layout) if generator == "direct" else ("kv", "kv")
+    both = (traveller, traveller) if isinstance(traveller, str) else tuple(traveller)
+    if len(both) != 2 or not set(both) <= {"kv", "q"}:
+        expected = 'a traveller of "kv", "q", "auto" or a pair of "kv" and "q"'
+        refuse("plan", expected, repr(traveller), "the pair is for forward and backward")
+    if "q" in both and generator != "direct":
+        refuse("plan", f'traveller "kv" with {generator}', repr(traveller), 'q needs "direct"')
+    return both[0], both[1]
+
+
+def _cheapest(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+) -> tuple[str, str]:
+    """By bytes sent if every rank needs every row: what goes out, and what comes home in fp32."""
+    (_, heads, _, head_dim), (_, kv_heads, _, v_head_dim) = q.shape, v.shape
+    element, wide = q.element_size(), 8 if q.dtype == torch.float64 else 4
+    queries, keys = q_layout.length * heads, k_layout.length * kv_heads
+    both = head_dim + v_head_dim
+    forward = queries * (head_dim * element + (v_head_dim + 2) * wide) < keys * both * element
+    backward = queries * (both * element + 2 * wide + head_dim * wide) < keys * both * (
+        element + wide
+    )
+    return "q" if forward else "kv", "q" if backward else "kv"
+
+
 def plan(
     mask: Mask,
     layout: Layout | None = None,
@@ -387,6 +522,9 @@ def plan(
     generator: str = "auto",
     resident: int = 1,
     ranks_per_node: int | None = None,
+    ulysses: int | None = None,
+    traveller: str | tuple[str, str] = "kv",
+    like: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -403,6 +541,16 @@ def plan(
         ranks_per_node: how many consecutive ranks share a node with fast links, for double. A row
             crosses to every other node that reads it once, hidden behind a ring inside the node;
             gradients are summed inside a node before they cross.
+        ulysses: deal the heads to so many consecutive ranks, with a ring of world_size / ulysses
+            ranks for each share; divides the world size, ranks_per_node and the calls' kv_heads. A
+            DeviceMesh of dimensions ("ring", "ulysses"), ("inter", "intra") or ("inter", "intra",
+            "ulysses") as group says ulysses and ranks_per_node by itself.
+        traveller: what goes around: "kv", or "q" and what belongs to it (forward: a state in fp32
+            that comes home; backward: dO, and dQ that comes home), or a pair of these for forward
+            and backward, or "auto": what has fewer bytes if every rank needed every row, for each
+            direction; needs `like`. "q" is for direct. It pays for few queries over a long cache
+            and, in the backward, for as many heads of keys as of queries.
+        like: q, k and v (also meta tensors) of a call.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -430,9 +578,45 @@ def plan(
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
+    degrees = degrees_of(group)
+    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
+    ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
+    if ulysses != 1:
+        ring = plan(
+            mask,
+            q_layout=Merged.of(q_layout, ulysses),
+            k_layout=Merged.of(k_layout, ulysses),
+            rank=me // ulysses,
+            generator=generator,
+            resident=resident,
+            ranks_per_node=_nodes_of_ring(q_layout.world_size, ranks_per_node, ulysses),
+            traveller=traveller,
+            like=like,
+        )
+        nodes = ranks_per_node or 1
+        how = ring.generator, resident, nodes, ulysses, *ring.traveller
+        digest = _digest(mask, q_layout, k_layout, *how)
+        return dataclasses.replace(
+            ring,
+            rank=me,
+            world_size=q_layout.world_size,
+            q_layout=q_layout,
+            k_layout=k_layout,
+            ranks_per_node=nodes,
+            digest=digest,
+            ulysses=ulysses,
+            ring=ring,
+        )
     generator, locals_ = _schedule(q_layout.world_size, generator, resident, ranks_per_node)
+    both = _travellers(traveller, like, q_layout, k_layout, generator)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
+    made = {
+        what: tuple(
+            _step(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
+        )
+        for what in set(both)
+    }
     return Plan(
         rank=me,
         world_size=q_layout.world_size,
@@ -442,7 +626,9 @@ def plan(
         generator=generator,
         resident=resident,
         ranks_per_node=locals_,
-        steps=tuple(_step(step) for step in reads.schedule(me, generator, resident, locals_)),
-        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_),
+        traveller=both,
+        steps=made[both[0]],
+        backward_steps=made[both[1]],
+        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_, *both),
         _reads=reads,
     )
