@@ -77,7 +77,8 @@ def break_even(shapes: Shapes, machine: Machine, causal: bool = False) -> tuple[
 
     A fold takes 4 c^2 H D / F seconds (2.5 times that backward), a hop's message 2 c G D elements
     over W: K/V forward, K/V and fp32 gradients backward; so in 16 bits c >= (G/H) F/W forward and
-    1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens.
+    1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens. (The
+    last gradients of a backward have half an own block to hide behind: 1.6 (G/H) F/W.)
 
     Example:
         >>> machine = Machine("H100", "400G")
