@@ -194,11 +194,12 @@ PYBIND11_MODULE(_planner, m) {
       .def(
           "schedule",
           [](const Reads& self, int64_t rank, const std::string& generator, int64_t resident,
-             int64_t ranks_per_node) {
-            return schedule(self, rank, generator, {resident, ranks_per_node});
+             int64_t ranks_per_node, bool queries_travel) {
+            const auto traveller = queries_travel ? Traveller::kQueries : Traveller::kKeys;
+            return schedule(self, rank, generator, {traveller, resident, ranks_per_node});
           },
           py::arg("rank"), py::arg("generator"), py::arg("resident"), py::arg("ranks_per_node"),
-          Release())
+          py::arg("queries_travel"), Release())
       .def("own_split", &Reads::own_split, py::arg("rank"), Release())
       .def(
           "key_intervals",

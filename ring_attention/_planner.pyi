@@ -83,7 +83,12 @@ class Reads:
     @property
     def samples(self) -> int: ...
     def schedule(
-        self, rank: int, generator: str, resident: int, ranks_per_node: int
+        self,
+        rank: int,
+        generator: str,
+        resident: int,
+        ranks_per_node: int,
+        queries_travel: bool,
     ) -> list[Step]: ...
     def own_split(self, rank: int) -> int: ...
     def key_intervals(self, rank: int, origin: int, held: Ranges) -> KeyIntervals: ...

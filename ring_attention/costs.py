@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .figures import Machine
 from .mask_algebra import at_least, refuse
@@ -101,6 +102,11 @@ class Costs:
     machine: Machine
     backward: bool
 
+    @cached_property
+    def held_rows(self) -> dict[int, int]:
+        """Rows of every block that the rank holds at some time, by origin."""
+        return self.plan.held_rows("kv")
+
     def fold_s(self, step: Step, own_part: float = 0.0) -> float:
         """Seconds of the kernel calls of a step, without `own_part` of its pairs."""
         shapes, device = self.shapes, self.machine.device
@@ -132,7 +138,7 @@ class Costs:
     def packs(self, transfer: Transfer) -> bool:
         """Whether a message is copied first: own rows are, and parts of a block as held."""
         own = transfer.origin == self.plan.rank
-        return own or transfer.num_rows != self.plan.held_rows[transfer.origin]
+        return own or transfer.num_rows != self.held_rows[transfer.origin]
 
     def tensors_bytes(self) -> int:
         """What a rank holds whatever the ring does: inputs, outputs, state or gradients."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import agreement, checks, loop, ops
+from . import agreement, checks, loop, ops, queries, ulysses
 from .layout import Contiguous, Layout
 from .mask import Causal, Mask
 from .plan import Plan
 from .plan import plan as make_plan
 from .registry import plan_of
-from .ring import Transport, traced_name, transport_named, transport_of
+from .ring import Transport, degrees_of, traced_name, transport_named, transport_of
 
 _CAUSAL = Causal()
 
@@ -46,8 +46,9 @@ def attention(
         k: [B, G, Sk, D], q's dtype; H must be a multiple of G (GQA, MQA: never repeated in memory).
         v: [B, G, Sk, Dv], q's dtype.
         mask: which keys a query sees, in *global* positions; causal by default.
-        group: a ProcessGroup, a DeviceMesh (its dimension "cp", or its only one) or a virtual
-            rank's group; None is this process only, even where a world is initialised.
+        group: a ProcessGroup, a DeviceMesh (its dimension "cp", its only one, or ("ring",
+            "ulysses") and ("inter", "intra"): see `plan`) or a virtual rank's group; None is this
+            process only, even where a world is initialised.
         layout: how the sequence is sharded over the group; required with a group (or `plan`).
         q_layout, k_layout: instead of `layout`, where queries and keys are sharded differently.
         plan: a plan made beforehand, instead of mask and layouts. One that the ranks have agreed on
@@ -86,7 +87,7 @@ def attention(
                 f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
                 "a plan carries its mask"
             )
-    if plan is not None and torch.compiler.is_compiling():
+    if plan is not None and plan.ring is None and torch.compiler.is_compiling():
         # A traced region knows plan and group by a tensor and a name; the operator checks the rest.
         out, lse = torch.ops.ring_attention.ring_forward(
             q, k, v, sinks, plan.handle, scale, softcap, traced_name(group)
@@ -114,8 +115,33 @@ def _attend(
     where = "ring_attention.attention"
     transport = transport_of(group)
     if plan is None:
-        plan = _plan_for(where, q, k, mask, transport, *layouts)
+        plan = _plan_for(where, q, k, mask, group, *layouts)
     _check_shards(where, plan, transport, q, k)
+    if plan.ring is None:
+        return _around_ring(q, k, v, sinks, plan, transport, scale, softcap)
+    ulysses.check_heads(where, plan, q.shape[1], k.shape[1])
+    _check_agreement(transport, "attention", plan, q, k, v)
+    mine = ulysses.to_heads(plan, transport, q, k, v)
+    ring = ulysses.ring_of(plan, transport)
+    # Ranks that agree about the whole agree about its parts.
+    ring.book.agreed[plan.ring.digest] = _agreed_fields(plan.ring, *mine)
+    own_sinks = None
+    if sinks is not None:
+        own_sinks = sinks.chunk(plan.ulysses)[transport.rank % plan.ulysses].contiguous()
+    shares = _around_ring(*mine, own_sinks, plan.ring, ring, scale, softcap)
+    return ulysses.to_rows(plan, transport, q, v, *shares)
+
+
+def _around_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: Plan,
+    transport: Transport,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     if transport.size == 1:
         key_begin, key_end = plan.intervals(0)
         return ops.forward(q, k, v, key_begin, key_end, sinks, scale, softcap)
@@ -129,11 +155,12 @@ def _plan_for(
     q: Tensor,
     k: Tensor,
     mask: Mask,
-    transport: Transport,
+    group: Any,
     layout: Layout | None,
     q_layout: Layout | None,
     k_layout: Layout | None,
 ) -> Plan:
+    transport, degrees = transport_of(group), degrees_of(group)
     if not isinstance(mask, Mask):
         raise TypeError(
             f"{where}: expected mask to be a ring_attention mask such as Causal(), got "
@@ -165,12 +192,33 @@ def _plan_for(
                 f"{where}: expected {name}.world_size == {transport.size}, the size of the group, "
                 f"got {made.world_size}; make the layout for this group"
             )
-    return _cached_plan(mask, q_layout, k_layout, transport.rank)
+    return _cached_plan(
+        mask,
+        q_layout,
+        k_layout,
+        transport.rank,
+        degrees.get("ulysses"),
+        degrees.get("ranks_per_node"),
+    )
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(mask: Mask, q_layout: Layout, k_layout: Layout, rank: int) -> Plan:
-    return make_plan(mask, q_layout=q_layout, k_layout=k_layout, rank=rank)
+def _cached_plan(
+    mask: Mask,
+    q_layout: Layout,
+    k_layout: Layout,
+    rank: int,
+    ulysses: int | None,
+    ranks_per_node: int | None,
+) -> Plan:
+    return make_plan(
+        mask,
+        q_layout=q_layout,
+        k_layout=k_layout,
+        rank=rank,
+        ulysses=ulysses,
+        ranks_per_node=ranks_per_node,
+    )
 
 
 def _check_shards(where: str, plan: Plan, transport: Transport, q: Tensor, k: Tensor) -> None:
@@ -275,7 +323,8 @@ def ring_forward(
     transport, made = transport_named(group), plan_of(plan)
     _check_shards("ring_attention.attention", made, transport, q, k)
     _check_agreement(transport, "attention", made, q, k, v)
-    return loop.forward(made, transport, q, k, v, sinks, scale, softcap)
+    run = queries.forward if made.traveller[0] == "q" else loop.forward
+    return run(made, transport, q, k, v, sinks, scale, softcap)
 
 
 @ring_forward.register_fake
@@ -308,10 +357,9 @@ def ring_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
-    transport = transport_named(group)
-    return loop.backward(
-        plan_of(plan), transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap
-    )
+    transport, made = transport_named(group), plan_of(plan)
+    run = queries.backward if made.traveller[1] == "q" else loop.backward
+    return run(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
 
 
 @ring_backward.register_fake

@@ -2,28 +2,28 @@
 """The ring: a short program that runs a plan. It has no cases; the plan has them all.
 
     for step in plan.steps:
-        post the K/V that later steps read           (backward: and the gradients of the last fold)
-        fold the blocks that are here                computing hides what is under way
+        post the blocks that later steps read        (and the results of the last fold, if they
+        fold the blocks that are here                 go home): computing hides what is under way
         wait for what is due before the next step
 
-The order in which ranks post is told in messages.py.
+The order in which ranks post is told in messages.py. Here K/V travel; queries do in queries.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops, trace
-from .messages import Blocks, Gradients, Messages, Pair
-from .plan import Plan, Step
+from .messages import Blocks, Messages, Rows, Sums
+from .plan import Plan, Step, last_due
 from .ring import Transport
 
 
-def _steps(plan: Plan) -> Iterator[tuple[Step, int]]:
+def _numbered(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
     """The steps, each with the number of the one that follows it."""
-    numbers = [step.number for step in plan.steps[1:]]
-    yield from zip(plan.steps, [*numbers, plan.steps[-1].number + 1], strict=True)
+    numbers = [step.number for step in steps[1:]]
+    yield from zip(steps, [*numbers, steps[-1].number + 1], strict=True)
 
 
 def forward(
@@ -46,8 +46,8 @@ def forward(
         intervals = [plan.intervals(origin) for origin in origins]
         ops.block_forward_(
             q,
-            [blocks[origin].k for origin in origins],
-            [blocks[origin].v for origin in origins],
+            [blocks[origin].tensors[0] for origin in origins],
+            [blocks[origin].tensors[1] for origin in origins],
             [key_begin for key_begin, _ in intervals],
             [key_end for _, key_end in intervals],
             sinks if first else None,
@@ -63,19 +63,82 @@ def forward(
         )
 
     messages = Messages(transport, "forward")
-    blocks = Blocks(transport, Pair(k, v))
-    for step, following in _steps(plan):
+    blocks = Blocks(transport, "K/V", Rows((k, v)))
+    for step, following in _numbered(plan.steps):
         blocks.exchange(messages, step)
         messages.post(step.number, following)
         if step.folds:
             start_s = trace.now()
             fold(step.folds, step.number == launches[0], step.number == launches[-1])
-            trace.emit("compute", "forward", transport.rank, step.number, start_s)
+            trace.emit("compute", "forward", transport.traced_rank, step.number, start_s)
         messages.wait(step.number, following)
         blocks.release(step.release)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
         fold([], first=True, last=True)
     return out, lse
+
+
+Keys = tuple[int, int] | None  # a range of the own keys, or all
+
+
+def send_home(
+    plan: Plan,
+    steps: Sequence[Step],
+    held_rows: dict[int, int],
+    transport: Transport,
+    phase: trace.Phase,
+    blocks: Blocks,
+    sums: Sums,
+    fold: Callable[[Sequence[int], Keys], None],
+) -> None:
+    """Runs steps whose results go straight home while the next block computes.
+
+    The own keys are folded with the own queries in two parts: one first, to hide the first hop of
+    blocks, one last, to hide the last hop of results.
+
+    Args:
+        held_rows: rows of every block as held, by origin.
+        blocks, sums: what travels, and what goes home.
+        fold: adds the results of folding these origins' blocks to their sums.
+    """
+    messages = Messages(transport, phase)
+    own, own_keys = transport.rank, plan.k_layout.sizes[transport.rank]
+
+    def timed(origins: Sequence[int], step: int, keys: Keys) -> None:
+        start_s = trace.now()
+        fold(origins, keys)
+        trace.emit("compute", phase, transport.traced_rank, step, start_s)
+
+    previous: Step | None = None
+    for step, following in _numbered(steps):
+        blocks.exchange(messages, step)
+        if previous is not None:
+            sums.exchange(messages, previous)
+        messages.post(step.number, following)
+        if own in step.folds:
+            timed([own], step.number, (0, plan.own_split))
+        if others := [origin for origin in step.folds if origin != own]:
+            timed(others, step.number, None)
+        messages.wait(step.number, following)
+        sums.add_arrived(following, held_rows)
+        blocks.release(step.release)
+        previous = step
+    last = steps[-1]
+    sums.exchange(messages, last)
+    number, end = last.number + 1, last_due(steps) + 1
+    messages.post(number, end)
+    if any(own in step.folds for step in steps):
+        timed([own], number, (plan.own_split, own_keys))
+    messages.wait(number, end)
+    sums.add_arrived(end, held_rows)
+
+
+def clipped(intervals: tuple[Tensor, Tensor], keys: Keys) -> tuple[Tensor, Tensor]:
+    """Intervals of keys, as far as they lie in a range."""
+    if keys is None:
+        return intervals
+    begin, end = intervals
+    return begin.clamp(min=keys[0]), end.clamp(max=keys[1])
 
 
 def backward(
@@ -92,67 +155,37 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the same K/V plan again; gradients go straight home while the next block computes.
-
-    The own block is computed in two parts: one first, to hide the first K/V hop, one last, to hide
-    the last gradient hop.
+    """Runs the K/V plan again; dK/dV go home.
 
     Returns:
         dq, dk, dv in their inputs' dtypes, and dsinks ([0] without sinks): this rank's part of the
         sum over the ring.
     """
     delta = ops.delta(out, dout, dlse)
-    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-    messages = Messages(transport, "backward")
-    blocks = Blocks(transport, Pair(k, v))
-    gradients = Gradients(transport, k, v, lse.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    blocks = Blocks(transport, "K/V", Rows((k, v)))
+    sums = Sums(transport, "dK/dV", Rows((dk, dv)))
 
-    def fold(origins: Sequence[int], step: int, keys: tuple[int, int] | None = None) -> None:
-        start_s = trace.now()
-        intervals = [plan.intervals(origin) for origin in origins]
-        if keys is not None:
-            intervals = [(b.clamp(min=keys[0]), e.clamp(max=keys[1])) for b, e in intervals]
-        into = [gradients.of(origin, blocks[origin].rows) for origin in origins]
+    def fold(origins: Sequence[int], keys: Keys) -> None:
+        intervals = [clipped(plan.intervals(origin), keys) for origin in origins]
+        into = [sums.of(origin, blocks[origin].rows).tensors for origin in origins]
         ops.block_backward_(
             q,
             dout,
             lse,
             delta,
-            [blocks[origin].k for origin in origins],
-            [blocks[origin].v for origin in origins],
+            [blocks[origin].tensors[0] for origin in origins],
+            [blocks[origin].tensors[1] for origin in origins],
             [key_begin for key_begin, _ in intervals],
             [key_end for _, key_end in intervals],
             dq,
-            [pair.k for pair in into],
-            [pair.v for pair in into],
+            [dk for dk, _ in into],
+            [dv for _, dv in into],
             scale=scale,
             softcap=softcap,
         )
-        trace.emit("compute", "backward", transport.rank, step, start_s)
 
-    own = transport.rank
-    sees_own = any(own in step.folds for step in plan.steps)
-    previous: Step | None = None
-    for step, following in _steps(plan):
-        blocks.exchange(messages, step)
-        if previous is not None:
-            gradients.exchange(messages, previous)
-        messages.post(step.number, following)
-        if own in step.folds:
-            fold([own], step.number, keys=(0, plan.own_split))
-        if others := [origin for origin in step.folds if origin != own]:
-            fold(others, step.number)
-        messages.wait(step.number, following)
-        gradients.add_arrived(following, plan.held_rows)
-        blocks.release(step.release)
-        previous = step
-    last = plan.steps[-1]
-    gradients.exchange(messages, last)
-    number, end = last.number + 1, plan.last_due + 1
-    messages.post(number, end)
-    if sees_own:
-        fold([own], number, keys=(plan.own_split, k.shape[2]))
-    messages.wait(number, end)
-    gradients.add_arrived(end, plan.held_rows)
+    steps = plan.backward_steps
+    send_home(plan, steps, plan.held_rows("kv"), transport, "backward", blocks, sums, fold)
     dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), gradients.own.k.to(k.dtype), gradients.own.v.to(v.dtype), dsinks
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

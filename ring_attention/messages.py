@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The messages of a ring call, from packing to completion, and the blocks they carry.
+"""The messages of a ring call, from packing to completion, and the rows they carry.
 
 Note [order of messages]. K/V of hop h are the event 2h, gradients of hop t the event 2t + 3: after
 K/V of hop t + 1, which are needed sooner, and before those of t + 2. Every rank posts in the order
@@ -9,50 +9,53 @@ itself, and a backend that matches messages by order (NCCL) matches the right on
 mask pruned and however long a message may take.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import trace
-from .buffers import Lease
+from . import ops, trace
+from .buffers import BufferPool, Lease
 from .plan import Step, Transfer
-from .ring import Message, Pending, Transport
-
-Kind = Literal["K/V", "dK/dV"]
+from .ring import TRAVELLERS, Message, Pending, Transport
 
 # Striped shards of packed documents send thousands of short ranges: more than these go by index.
 FEW_RANGES = 16
 
 
-def split(flat: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Views a message as its two halves, [B, G, rows, D] and [B, G, rows, Dv]."""
-    batch, kv_heads, _, head_dim = k.shape
-    numel = batch * kv_heads * rows * head_dim
-    return (
-        flat[:numel].view(batch, kv_heads, rows, head_dim),
-        flat[numel:].view(batch, kv_heads, rows, v.shape[3]),
-    )
-
-
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """K and V of a block, or their gradients; `lease` when both live in one message buffer."""
+class Rows:
+    """Tensors [B, heads, rows, ...] that travel as one message: K and V, or Q, or their results."""
 
-    k: Tensor  # [B, G, rows, D]
-    v: Tensor  # [B, G, rows, Dv]
-    lease: Lease | None = None
+    tensors: tuple[Tensor, ...]
+    lease: Lease | None = None  # of the message buffer that they are views of, if they are
 
     @property
     def rows(self) -> int:
-        return self.k.shape[2]
+        return self.tensors[0].shape[2]
 
-    def numel(self, rows: int) -> int:
-        batch, kv_heads, _, head_dim = self.k.shape
-        return batch * kv_heads * rows * (head_dim + self.v.shape[3])
+    def nbytes(self, rows: int) -> int:
+        """Bytes of a message of so many rows."""
+        return sum(self._shape(x, rows).numel() * x.itemsize for x in self.tensors)
+
+    def in_buffer(self, pool: BufferPool, rows: int) -> Rows:
+        """Unwritten rows like these. What is not a multiple of 16 bytes long comes last."""
+        lease = pool.lease(self.nbytes(rows), self.tensors[0], torch.uint8)
+        views, at = [], 0
+        for x in self.tensors:
+            shape = self._shape(x, rows)
+            nbytes = shape.numel() * x.itemsize
+            views.append(lease.flat[at : at + nbytes].view(x.dtype).view(shape))
+            at += nbytes
+        return Rows(tuple(views), lease)
+
+    @staticmethod
+    def _shape(x: Tensor, rows: int) -> torch.Size:
+        return torch.Size((*x.shape[:2], rows, *x.shape[3:]))
 
 
 @dataclass
@@ -78,36 +81,35 @@ class Messages:
         self._start_s = 0.0
 
     def _add(
-        self, flat: Tensor, transfer: Transfer, kind: Kind, sending: bool, done: Iterable[Lease]
+        self, lease: Lease, transfer: Transfer, kind: str, sending: bool, done: Iterable[Lease]
     ) -> None:
-        if not self._added:
-            self._start_s = trace.now()
-        event = 2 * transfer.hop + (0 if kind == "K/V" else 3)
-        message = Message(flat, transfer.peer, kind, transfer.hop, sending)
+        event = 2 * transfer.hop + (0 if kind in TRAVELLERS else 3)
+        message = Message(lease.flat, transfer.peer, kind, transfer.hop, sending)
         self._added.append((event, transfer.due, message, list(done)))
 
-    def send(self, pair: Pair, transfer: Transfer, kind: Kind, *, last: bool = False) -> None:
-        """Sends some rows of a pair; one that is already packed as it is goes without a copy.
+    def send(self, rows: Rows, transfer: Transfer, kind: str, *, last: bool = False) -> None:
+        """Sends some of the rows; what is already packed as it is goes without a copy.
 
         Args:
-            last: nobody needs the pair any more: its buffer is free once this is complete.
+            last: nobody needs the rows any more: their buffer is free once this is complete.
         """
-        start_s = trace.now()
-        lease = pair.lease
-        done = [lease] if last and lease is not None else []
-        if lease is None or transfer.num_rows != pair.rows:
-            lease = _pack(self._transport, pair, transfer)
-            done.append(lease)
         if not self._added:
-            self._start_s = start_s
-        self._add(lease.flat, transfer, kind, sending=True, done=done)
+            self._start_s = trace.now()
+        lease = rows.lease
+        done = [lease] if last and lease is not None else []
+        if lease is None or transfer.num_rows != rows.rows:
+            lease = _pack(self._transport.pool, rows, transfer)
+            done.append(lease)
+        self._add(lease, transfer, kind, sending=True, done=done)
 
-    def receive(self, like: Pair, transfer: Transfer, kind: Kind) -> Pair:
+    def receive(self, like: Rows, transfer: Transfer, kind: str) -> Rows:
         """Receives rows into a buffer of their own; they are there once `transfer` is due."""
-        rows = transfer.num_rows
-        lease = self._transport.pool.lease(like.numel(rows), like.k)
-        self._add(lease.flat, transfer, kind, sending=False, done=())
-        return Pair(*split(lease.flat, like.k, like.v, rows), lease)
+        if not self._added:
+            self._start_s = trace.now()
+        rows = like.in_buffer(self._transport.pool, transfer.num_rows)
+        assert rows.lease is not None
+        self._add(rows.lease, transfer, kind, sending=False, done=())
+        return rows
 
     def post(self, step: int, following: int) -> None:
         """Posts what was added since the last time.
@@ -151,104 +153,115 @@ class Messages:
 
     def _emit(self, name: trace.Name, step: int, start_s: float, posted: list[_Posted]) -> None:
         nbytes = sum(message.nbytes for p in posted for message in p.messages)
-        trace.emit(name, self._phase, self._transport.rank, step, start_s, nbytes)
+        trace.emit(name, self._phase, self._transport.traced_rank, step, start_s, nbytes)
 
 
-def _pack(transport: Transport, pair: Pair, transfer: Transfer) -> Lease:
-    count = transfer.num_rows
-    lease = transport.pool.lease(pair.numel(count), pair.k)
-    k, v = split(lease.flat, pair.k, pair.v, count)
-    if transfer.num_ranges > FEW_RANGES:
-        rows = transfer.index().to(pair.k.device)
-        torch.index_select(pair.k, 2, rows, out=k)
-        torch.index_select(pair.v, 2, rows, out=v)
-        return lease
-    at = 0
-    for begin, end in transfer.rows:
-        k[:, :, at : at + end - begin].copy_(pair.k[:, :, begin:end])
-        v[:, :, at : at + end - begin].copy_(pair.v[:, :, begin:end])
-        at += end - begin
-    return lease
+def _pack(pool: BufferPool, rows: Rows, transfer: Transfer) -> Lease:
+    packed = rows.in_buffer(pool, transfer.num_rows)
+    assert packed.lease is not None
+    for x, into in zip(rows.tensors, packed.tensors, strict=True):
+        if transfer.num_ranges > FEW_RANGES:
+            torch.index_select(x, 2, transfer.index().to(x.device), out=into)
+            continue
+        at = 0
+        for begin, end in transfer.rows:
+            into[:, :, at : at + end - begin].copy_(x[:, :, begin:end])
+            at += end - begin
+    return packed.lease
 
 
 class Blocks:
-    """The K/V blocks a rank holds, by origin: its own, and what travels."""
+    """The blocks a rank holds, by origin: its own, and what travels."""
 
-    def __init__(self, transport: Transport, own: Pair) -> None:
+    def __init__(self, transport: Transport, kind: str, own: Rows) -> None:
         self._transport = transport
+        self._kind = kind
         self._own = own
         self._held = {transport.rank: own}
 
-    def __getitem__(self, origin: int) -> Pair:
+    def __getitem__(self, origin: int) -> Rows:
         return self._held[origin]
 
     def exchange(self, messages: Messages, step: Step) -> None:
-        """Adds the K/V messages of a step."""
+        """Adds the messages of a step that carry blocks."""
         for transfer in step.sends:
-            messages.send(self[transfer.origin], transfer, "K/V")
+            messages.send(self[transfer.origin], transfer, self._kind)
         for transfer in step.recvs:
-            self._held[transfer.origin] = messages.receive(self._own, transfer, "K/V")
+            self._held[transfer.origin] = messages.receive(self._own, transfer, self._kind)
 
     def release(self, origins: Iterable[int]) -> None:
         for origin in origins:
-            pair = self._held.pop(origin)
-            if pair.lease is not None:
-                self._transport.pool.give_back(pair.lease)
+            rows = self._held.pop(origin)
+            if rows.lease is not None:
+                self._transport.pool.give_back(rows.lease)
 
 
-class Gradients:
-    """The dK/dV that a rank sums: of its own shard, and contributions on their way home."""
+class Sums:
+    """The gradients that a rank sums: of its own rows, and contributions on their way home."""
 
-    def __init__(self, transport: Transport, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, transport: Transport, kind: str, own: Rows) -> None:
         self._transport = transport
-        self.own = Pair(
-            torch.zeros(k.shape, dtype=dtype, device=k.device),
-            torch.zeros(v.shape, dtype=dtype, device=v.device),
-        )
-        self._out: dict[int, Pair] = {}
-        self._in: list[tuple[Transfer, Pair]] = []
+        self._kind = kind
+        self.own = own
+        self._out: dict[int, Rows] = {}
+        self._in: list[tuple[Transfer, Rows]] = []
 
-    def of(self, origin: int, rows: int) -> Pair:
-        """Where the gradients of `origin`'s block are summed; never a buffer that is travelling.
+    def of(self, origin: int, rows: int) -> Rows:
+        """Where results for `origin`'s rows are summed; never a buffer that is travelling.
 
         Args:
             rows: of the block as held.
         """
         if origin == self._transport.rank:
             return self.own
-        pair = self._out.get(origin)
-        if pair is None:
-            lease = self._transport.pool.lease(self.own.numel(rows), self.own.k)
-            lease.flat.zero_()
-            pair = Pair(*split(lease.flat, self.own.k, self.own.v, rows), lease)
-            self._out[origin] = pair
-        return pair
+        if origin not in self._out:
+            made = self.own.in_buffer(self._transport.pool, rows)
+            assert made.lease is not None
+            made.lease.flat.zero_()
+            self._out[origin] = made
+        return self._out[origin]
 
     def exchange(self, messages: Messages, step: Step) -> None:
-        """Adds the gradients that are complete after a step, and those that arrive."""
+        """Adds the messages with what is complete after a step, and with what arrives."""
         for transfer in step.grad_sends:
-            messages.send(self._out.pop(transfer.origin), transfer, "dK/dV", last=True)
+            messages.send(self._out.pop(transfer.origin), transfer, self._kind, last=True)
         for transfer in step.grad_recvs:
-            self._in.append((transfer, messages.receive(self.own, transfer, "dK/dV")))
+            self._in.append((transfer, messages.receive(self.own, transfer, self._kind)))
 
     def add_arrived(self, following: int, held_rows: dict[int, int]) -> None:
         """Adds what was due before the step `following`, in the order it was posted, always."""
         arrived = [entry for entry in self._in if entry[0].due < following]
         self._in = [entry for entry in self._in if entry[0].due >= following]
-        for transfer, pair in arrived:
-            _add_rows(self.of(transfer.origin, held_rows[transfer.origin]), transfer, pair)
-            assert pair.lease is not None
-            self._transport.pool.give_back(pair.lease)
+        for transfer, rows in arrived:
+            self._add(self.of(transfer.origin, held_rows[transfer.origin]), transfer, rows)
+            assert rows.lease is not None
+            self._transport.pool.give_back(rows.lease)
+
+    def _add(self, into: Rows, transfer: Transfer, rows: Rows) -> None:
+        for total, x in zip(into.tensors, rows.tensors, strict=True):
+            if transfer.num_ranges > FEW_RANGES:
+                total.index_add_(2, transfer.index().to(x.device), x)
+                continue
+            at = 0
+            for begin, end in transfer.rows:
+                total[:, :, begin:end] += x[:, :, at : at + end - begin]
+                at += end - begin
 
 
-def _add_rows(into: Pair, transfer: Transfer, pair: Pair) -> None:
-    if transfer.num_ranges > FEW_RANGES:
-        rows = transfer.index().to(pair.k.device)
-        into.k.index_add_(2, rows, pair.k)
-        into.v.index_add_(2, rows, pair.v)
-        return
-    at = 0
-    for begin, end in transfer.rows:
-        into.k[:, :, begin:end] += pair.k[:, :, at : at + end - begin]
-        into.v[:, :, begin:end] += pair.v[:, :, at : at + end - begin]
-        at += end - begin
+class States(Sums):
+    """Running states (acc, m, l) of queries; all zero where no key was seen."""
+
+    def _add(self, into: Rows, transfer: Transfer, rows: Rows) -> None:
+        if transfer.num_rows == into.rows:
+            _combine(into.tensors, rows.tensors)
+            return
+        index = transfer.index().to(into.tensors[0].device)
+        some = [x.index_select(2, index) for x in into.tensors]
+        _combine(some, rows.tensors)
+        for x, joined in zip(into.tensors, some, strict=True):
+            x.index_copy_(2, index, joined)
+
+
+def _combine(state: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    (acc, m, l), (other_acc, other_m, other_l) = state, other  # noqa: E741
+    ops.combine_(acc, m, l, other_acc, other_m, other_l)

@@ -9,13 +9,15 @@ ring loop runs any plan; how steps come about is up to a generator in csrc/plan/
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,14 @@ from torch import Tensor
 from . import _planner
 from .layout import Layout
 from .mask_algebra import Mask, at_least, refuse
+from .merged import Merged
 from .registry import register
+from .ring import degrees_of
+
+if TYPE_CHECKING:
+    from .costs import Shapes
+    from .figures import Machine
+    from .predict import Prediction
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
 # Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
@@ -130,6 +139,12 @@ def _step(step: _planner.Step) -> Step:
     )
 
 
+def last_due(steps: Sequence[Step]) -> int:
+    """The hop after which nothing of these steps is under way any more."""
+    transfers = [t for s in steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)]
+    return max([steps[-1].number, *(t.due for t in transfers)])
+
+
 class _Cache:
     """Tensors by origin, least recently used first out; shared by the threads of a process."""
 
@@ -159,8 +174,15 @@ class Plan:
 
     Attributes:
         rank, world_size: whose plan, of how many.
-        mask, q_layout, k_layout, generator, resident, ranks_per_node: what it was made from.
-        steps: what to do; at least one.
+        mask, q_layout, k_layout, generator, resident, ranks_per_node, ulysses: what it was made
+            from.
+        traveller: what goes around in the forward and in the backward: "kv" or "q". The steps of
+            "q" say queries where Step says K/V, and a state or dQ where it says dK/dV.
+        steps: what to do; at least one. With ulysses > 1 they are those of `ring`.
+        backward_steps: what to do in the backward; the same, if the same travels.
+        ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
+            merged layouts and for its share of the heads; None without.
+        prediction: what the schedule takes on the machine it was chosen for, if any.
         own_split: rows of the own key block in front of the point where half its flops are done.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
@@ -176,8 +198,14 @@ class Plan:
     steps: tuple[Step, ...] = field(repr=False, compare=False)
     own_split: int = field(repr=False, compare=False)
     digest: int = field(repr=False)
+    backward_steps: tuple[Step, ...] = field(repr=False, compare=False)
     _reads: _planner.Reads = field(repr=False, compare=False)
+    traveller: tuple[str, str] = ("kv", "kv")
+    ulysses: int = 1
+    ring: Plan | None = field(default=None, repr=False, compare=False)
+    prediction: Prediction | None = field(default=None, repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _query_cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
 
     def intervals(self, origin: int) -> tuple[Tensor, Tensor]:
         """What the own query rows see of a block that this rank folds.
@@ -189,19 +217,52 @@ class Plan:
             key_begin, key_end: int32 [n, B or 1, q_len] on the CPU, ``begin == end`` for a row that
             sees nothing; expanded (stride 0) if all rows are alike.
         """
+        if self.ring is not None:
+            return self.ring.intervals(origin)
         cached = self._cache.get(origin)
         if cached is not None:
             return cached
         if origin not in self._held:
             refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
-        view = self._reads.key_intervals(self.rank, origin, self._held[origin])
-        samples, rows = self._samples, self.q_layout.sizes[self.rank]
+        made = self._intervals(self.rank, origin, self._held[origin])
+        self._cache.put(origin, made)
+        return made
+
+    def query_intervals(self, origin: int) -> tuple[Tensor, Tensor]:
+        """What the queries of a travelling block see of the own keys.
+
+        Returns:
+            key_begin, key_end: int32 [n, B or 1, rows of the block as held], as in `intervals`.
+        """
+        if self.ring is not None:
+            return self.ring.query_intervals(origin)
+        cached = self._query_cache.get(origin)
+        if cached is not None:
+            return cached
+        held = self._held_queries[origin]
+        whole = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
+        begin, end = self._intervals(origin, self.rank, whole)
+        if begin.stride(2) == 0:
+            begin, end = (
+                begin[..., :1].expand(*begin.shape[:2], held.rows),
+                end[..., :1].expand(*end.shape[:2], held.rows),
+            )
+        elif held.rows < begin.shape[2]:
+            index = torch.empty(held.rows, dtype=torch.int64)
+            held.fill(index.data_ptr())
+            begin, end = begin.index_select(2, index), end.index_select(2, index)
+        self._query_cache.put(origin, (begin, end))
+        return begin, end
+
+    def _intervals(self, reader: int, origin: int, held: _planner.Ranges) -> tuple[Tensor, Tensor]:
+        """What all queries of a rank see of the rows held of a block of keys."""
+        view = self._reads.key_intervals(reader, origin, held)
+        samples, rows = self._samples, self.q_layout.sizes[reader]
         both = torch.empty(2, view.most, samples, view.rows, dtype=torch.int32)
         used = view.fill(both[0].data_ptr(), both[1].data_ptr())
         if used < view.most:
             both = both[:, :used].clone()
         begin, end = both.expand(2, used, samples, rows)
-        self._cache.put(origin, (begin, end))
         return begin, end
 
     @cached_property
@@ -215,21 +276,23 @@ class Plan:
 
     @cached_property
     def _held(self) -> dict[int, _planner.Ranges]:
-        own = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
-        return {self.rank: own} | {t.origin: t.ranges for s in self.steps for t in s.recvs}
+        return self._blocks("kv", self.k_layout)
 
     @cached_property
-    def held_rows(self) -> dict[int, int]:
-        """Rows of every block that this rank holds at some time, by origin."""
-        return {origin: ranges.rows for origin, ranges in self._held.items()}
+    def _held_queries(self) -> dict[int, _planner.Ranges]:
+        return self._blocks("q", self.q_layout)
 
-    @cached_property
-    def last_due(self) -> int:
-        """The hop after which nothing is under way any more."""
-        transfers = [
-            t for s in self.steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)
-        ]
-        return max([self.steps[-1].number, *(t.due for t in transfers)])
+    def _blocks(self, traveller: str, layout: Layout) -> dict[int, _planner.Ranges]:
+        """The rows of every block that this rank holds at some time."""
+        both = zip(self.traveller, (self.steps, self.backward_steps), strict=True)
+        steps = next((steps for what, steps in both if what == traveller), ())
+        own = _planner.Ranges([(0, layout.sizes[self.rank])])
+        return {self.rank: own} | {t.origin: t.ranges for s in steps for t in s.recvs}
+
+    def held_rows(self, traveller: str) -> dict[int, int]:
+        """How many rows of every block this rank holds at some time, by origin."""
+        held = self._held if traveller == "kv" else self._held_queries
+        return {origin: ranges.rows for origin, ranges in held.items()}
 
     @property
     def flops(self) -> tuple[int, ...]:
@@ -253,6 +316,17 @@ class Plan:
         """The whole tensor from all ranks' rows; see Layout.unshard."""
         return self.q_layout.unshard(x, group, dim)
 
+    def explain(self) -> str:
+        """The plan in words; with shapes and machine, what it is predicted to take."""
+        return repr(self) if self.prediction is None else self.prediction.explain()
+
+    def draw(self, path: Any) -> None:
+        """Draws the predicted timeline, ranks x time: .png, .svg or .pdf; needs matplotlib."""
+        if self.prediction is None:
+            remedy = "make the plan with shapes= and machine="
+            refuse("Plan.draw", "a plan with a prediction", "none", remedy)
+        self.prediction.draw(path)
+
     def __repr__(self) -> str:
         layout = repr(self.q_layout)
         if self.k_layout != self.q_layout:
@@ -262,6 +336,10 @@ class Plan:
             how += f" in nodes of {self.ranks_per_node}"
         if self.resident > 1:
             how += f", {self.resident} resident"
+        if self.ulysses > 1:
+            how += f", heads over {self.ulysses}"
+        if "q" in self.traveller:
+            how += f", {'/'.join(self.traveller)} travel"
         return (
             f"Plan({self.mask!r} on {layout}, {how}, rank {self.rank} of "
             f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "
@@ -305,6 +383,85 @@ def _schedule(
     return generator, ranks_per_node
 
 
+def _nodes_of_ring(world_size: int, ranks_per_node: int | None, ulysses: int) -> int | None:
+    """The ranks per node of a ring under Ulysses; None if there is one ring rank in each."""
+    fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if ulysses not in fits:
+        refuse("plan", f"ulysses of {fits}", ulysses, f"it splits {world_size} ranks")
+    if ranks_per_node is None:
+        return None
+    if ranks_per_node % ulysses:
+        remedy = "a Ulysses group does not cross nodes"
+        refuse("plan", f"ulysses to divide ranks_per_node = {ranks_per_node}", ulysses, remedy)
+    return None if ulysses in (ranks_per_node, world_size) else ranks_per_node // ulysses
+
+
+def _travellers(
+    traveller: str | tuple[str, str],
+    like: tuple[Tensor, Tensor, Tensor] | None,
+    q_layout: Layout,
+    k_layout: Layout,
+    generator: str,
+) -> tuple[str, str]:
+    """What travels in the forward and in the backward."""
+    if traveller == "auto":
+        if like is None:
+            refuse("plan", 'like with traveller="auto"', None, "pass like=(q, k, v)")
+        return _cheapest(*like, q_layout, k_layout) if generator == "direct" else ("kv", "kv")
+    both = (traveller, traveller) if isinstance(traveller, str) else tuple(traveller)
+    if len(both) != 2 or not set(both) <= {"kv", "q"}:
+        expected = 'a traveller of "kv", "q", "auto" or a pair of "kv" and "q"'
+        refuse("plan", expected, repr(traveller), "the pair is for forward and backward")
+    if "q" in both and generator != "direct":
+        refuse("plan", f'traveller "kv" with {generator}', repr(traveller), 'q needs "direct"')
+    return both[0], both[1]
+
+
+def _cheapest(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+) -> tuple[str, str]:
+    """By bytes sent if every rank needs every row: what goes out, and what comes home in fp32."""
+    (_, heads, _, head_dim), (_, kv_heads, _, v_head_dim) = q.shape, v.shape
+    element, wide = q.element_size(), 8 if q.dtype == torch.float64 else 4
+    queries, keys = q_layout.length * heads, k_layout.length * kv_heads
+    both = head_dim + v_head_dim
+    forward = queries * (head_dim * element + (v_head_dim + 2) * wide) < keys * both * element
+    backward = queries * (both * element + 2 * wide + head_dim * wide) < keys * both * (
+        element + wide
+    )
+    return "q" if forward else "kv", "q" if backward else "kv"
+
+
+def _predicted(
+    mask: Mask,
+    layout: Layout,
+    rank: int,
+    generator: str,
+    resident: int,
+    ranks_per_node: int | None,
+    shapes: Shapes,
+    machine: Machine,
+    memory_bytes: float | None,
+) -> Plan:
+    """The plan that a prediction chose, or predicted as it was chosen by name."""
+    from .predict import predict
+
+    if ranks_per_node not in (None, machine.ranks_per_node):
+        remedy = "leave it out: the machine says it"
+        refuse("plan", f"ranks_per_node == {machine.ranks_per_node}", ranks_per_node, remedy)
+    prediction = predict(
+        mask,
+        layout,
+        shapes,
+        machine,
+        generator=generator,
+        resident=resident,
+        memory_bytes=memory_bytes,
+    )
+    made = plan(mask, layout, rank=rank, **prediction.schedule)
+    return dataclasses.replace(made, prediction=prediction)
+
+
 def plan(
     mask: Mask,
     layout: Layout | None = None,
@@ -316,6 +473,12 @@ def plan(
     generator: str = "auto",
     resident: int = 1,
     ranks_per_node: int | None = None,
+    ulysses: int | None = None,
+    traveller: str | tuple[str, str] = "kv",
+    like: tuple[Tensor, Tensor, Tensor] | None = None,
+    shapes: Shapes | None = None,
+    machine: Machine | None = None,
+    memory_bytes: float | None = None,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -332,9 +495,21 @@ def plan(
         ranks_per_node: how many consecutive ranks share a node with fast links, for double. A row
             crosses to every other node that reads it once, hidden behind a ring inside the node;
             gradients are summed inside a node before they cross.
+        ulysses: deal the heads to so many consecutive ranks, with a ring of world_size / ulysses
+            ranks for each share; divides the world size, ranks_per_node and the calls' kv_heads. A
+            DeviceMesh of dimensions ("ring", "ulysses"), ("inter", "intra") or ("inter", "intra",
+            "ulysses") as group says ulysses and ranks_per_node by itself.
+        traveller: what goes around: "kv", or "q" and what belongs to it (forward: a state in fp32
+            that comes home; backward: dO, and dQ that comes home), or a pair of these for forward
+            and backward, or "auto": what has fewer bytes if every rank needed every row, for each
+            direction; needs `like`. "q" is for direct. It pays for few queries over a long cache
+            and, in the backward, for as many heads of keys as of queries.
+        like: q, k and v (also meta tensors) of a call.
+        shapes, machine, memory_bytes: as in ``predict``. Generator "auto" then takes the schedule
+            that is predicted to be the quickest within the memory, and the plan has a prediction.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        ValueError: arguments that do not fit together, or no schedule fits into memory.
 
     Example:
         >>> p = plan(Causal(), Zigzag(8, 2), rank=0)
@@ -359,9 +534,59 @@ def plan(
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
+    if shapes is not None or machine is not None:
+        other = {
+            "ulysses": ulysses,
+            "traveller": None if traveller == "kv" else traveller,
+            "k_layout": None if k_layout == q_layout else k_layout,
+        }
+        given = {name: value for name, value in other.items() if value is not None}
+        if shapes is None or machine is None or given:
+            remedy = "predictions are of K/V that travel, queries and keys laid out alike"
+            got = {"shapes": shapes, "machine": machine} | given
+            refuse("plan", "both shapes and machine, without any of the others", got, remedy)
+        return _predicted(
+            mask, q_layout, me, generator, resident, ranks_per_node, shapes, machine, memory_bytes
+        )
+    degrees = degrees_of(group)
+    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
+    ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
+    if ulysses != 1:
+        ring = plan(
+            mask,
+            q_layout=Merged.of(q_layout, ulysses),
+            k_layout=Merged.of(k_layout, ulysses),
+            rank=me // ulysses,
+            generator=generator,
+            resident=resident,
+            ranks_per_node=_nodes_of_ring(q_layout.world_size, ranks_per_node, ulysses),
+            traveller=traveller,
+            like=like,
+        )
+        nodes = ranks_per_node or 1
+        how = ring.generator, resident, nodes, ulysses, *ring.traveller
+        digest = _digest(mask, q_layout, k_layout, *how)
+        return dataclasses.replace(
+            ring,
+            rank=me,
+            world_size=q_layout.world_size,
+            q_layout=q_layout,
+            k_layout=k_layout,
+            ranks_per_node=nodes,
+            digest=digest,
+            ulysses=ulysses,
+            ring=ring,
+        )
     generator, locals_ = _schedule(q_layout.world_size, generator, resident, ranks_per_node)
+    both = _travellers(traveller, like, q_layout, k_layout, generator)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
+    made = {
+        what: tuple(
+            _step(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
+        )
+        for what in set(both)
+    }
     return Plan(
         rank=me,
         world_size=q_layout.world_size,
@@ -371,8 +596,10 @@ def plan(
         generator=generator,
         resident=resident,
         ranks_per_node=locals_,
-        steps=tuple(_step(step) for step in reads.schedule(me, generator, resident, locals_)),
+        traveller=both,
+        steps=made[both[0]],
+        backward_steps=made[both[1]],
         own_split=reads.own_split(me),
-        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_),
+        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_, *both),
         _reads=reads,
     )

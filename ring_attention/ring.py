@@ -5,7 +5,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -36,13 +36,18 @@ def timeout_s() -> float:
     return seconds
 
 
+# What messages carry; gloo matches a kind by its tag, NCCL by order, the same on both sides.
+TRAVELLERS = ("K/V", "Q")
+KINDS = (*TRAVELLERS, "dK/dV", "dQ", "state", "heads")
+
+
 @dataclass(frozen=True, eq=False)
 class Message:
     """One message of a step: `flat` goes to, or arrives from, group rank `peer`."""
 
     flat: Tensor
     peer: int
-    kind: str  # "K/V" or "dK/dV"
+    kind: str  # one of KINDS
     step: int
     sending: bool
 
@@ -82,6 +87,12 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.pool = BufferPool()
         self.book = CallBook()
+        self.rings: dict[int, Transport] = {}  # Ulysses degree -> this rank's ring
+
+    @property
+    def traced_rank(self) -> int:
+        """The rank that a trace shows: in the whole group."""
+        return self.rank
 
     @property
     @abstractmethod
@@ -188,8 +199,7 @@ class ProcessGroupTransport(Transport):
                 message.flat,
                 group=self.group,
                 group_peer=message.peer,
-                # gloo matches by tag; NCCL by order, which is the same on both sides.
-                tag=1 if message.kind == "K/V" else 2,
+                tag=1 + KINDS.index(message.kind),
             )
             for message in messages
         ]
@@ -207,6 +217,49 @@ class ProcessGroupTransport(Transport):
 
     def sum_(self, x: Tensor) -> None:
         dist.all_reduce(x, group=self.group)
+
+
+class Subring(Transport):
+    """Some ranks of a group as a ring, over the group's own messages.
+
+    Args:
+        parent: the group; this rank is one of the members.
+        members: its ranks, in ring order.
+    """
+
+    def __init__(self, parent: Transport, members: Sequence[int]) -> None:
+        super().__init__()
+        self._parent = parent
+        self._members = list(members)
+        self.pool = parent.pool
+        self.rank = self._members.index(parent.rank)
+        self.size = len(self._members)
+        self.name = f"{parent.name}/{self._members}"
+
+    @property
+    def traced_rank(self) -> int:
+        return self._parent.traced_rank
+
+    @property
+    def store(self) -> Any:
+        return dist.PrefixStore(str(self._members), self._parent.store)
+
+    def post(self, messages: Sequence[Message]) -> Pending:
+        return self._parent.post(
+            [replace(message, peer=self._members[message.peer]) for message in messages]
+        )
+
+    def gather_equal(self, x: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(x) for _ in self._members]
+        gathered[self.rank].copy_(x)
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        sends = [Message(x, peer, "heads", 0, sending=True) for peer in others]
+        receives = [Message(gathered[peer], peer, "heads", 0, sending=False) for peer in others]
+        self.post([*sends, *receives]).wait()
+        return gathered
+
+    def sum_(self, x: Tensor) -> None:
+        x.copy_(torch.stack(self.gather_equal(x.clone())).sum(0))
 
 
 # --- Groups ---------------------------------------------------------------------------------------
@@ -229,8 +282,8 @@ def transport_of(group: Any) -> Transport:
     """This rank's transport over a group.
 
     Args:
-        group: None (this process only), a ProcessGroup, a DeviceMesh (one-dimensional, or with a
-            dimension named "cp"), or a virtual rank's group.
+        group: None (this process only), a ProcessGroup, a DeviceMesh (one-dimensional, with a
+            dimension named "cp", or with dimensions of SPLITS), or a virtual rank's group.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -257,16 +310,49 @@ def transport_of(group: Any) -> Transport:
     return transport
 
 
+# Dimensions of a DeviceMesh that share a sequence among them, outermost first.
+SPLITS = (("inter", "intra", "ulysses"), ("ring", "ulysses"), ("inter", "intra"))
+
+
+def _split_of(mesh: DeviceMesh) -> tuple[str, ...] | None:
+    names = mesh.mesh_dim_names or ()
+    return next((split for split in SPLITS if set(split) <= set(names)), None)
+
+
+def degrees_of(group: Any) -> dict[str, int]:
+    """What a DeviceMesh with dimensions of SPLITS says about a plan: ulysses, ranks_per_node."""
+    split = _split_of(group) if isinstance(group, DeviceMesh) else None
+    if split is None:
+        return {}
+    assert isinstance(group, DeviceMesh)
+    size = {name: group[name].size() for name in split}
+    degrees = {"ulysses": size.get("ulysses", 1)}
+    if "intra" in size:
+        degrees["ranks_per_node"] = size["intra"] * degrees["ulysses"]
+    return degrees
+
+
 def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     names = mesh.mesh_dim_names or ()
     if "cp" in names:
         return mesh.get_group("cp")
     if mesh.ndim == 1:
         return mesh.get_group()
-    raise ValueError(
-        "ring_attention: expected group to be a one-dimensional DeviceMesh or one with a dimension "
-        f'"cp", got dimensions {names or mesh.ndim}; pass mesh["name"] of the sequence dimension'
-    )
+    split = _split_of(mesh)
+    if split is None:
+        raise ValueError(
+            "ring_attention: expected group to be a one-dimensional DeviceMesh or one with a "
+            f'dimension "cp" or the dimensions {", ".join(map(str, SPLITS))}, got dimensions '
+            f'{names or mesh.ndim}; pass mesh["name"] of the sequence dimension'
+        )
+    flat = mesh[split]._flatten()  # private API, the same in torch 2.11 and 2.15; kept by the mesh
+    group = flat.get_group()
+    if dist.get_process_group_ranks(group) != flat.mesh.tolist():
+        raise ValueError(
+            f"ring_attention: expected the ranks of {split} to ascend, got {flat.mesh.tolist()}; "
+            "make the mesh with init_device_mesh"
+        )
+    return group
 
 
 def transport_named(name: str) -> Transport:

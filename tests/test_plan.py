@@ -34,7 +34,7 @@ from ring_attention.mask import (
     Mask,
     Window,
 )
-from ring_attention.plan import GENERATORS, Plan, Step, Transfer, plan
+from ring_attention.plan import GENERATORS, Plan, Step, Transfer, last_due, plan
 from strategies import layouts, masks
 
 # The package's attribute of this name is the function.
@@ -100,8 +100,8 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
 
     `folded` [B, q_len, k_len] counts how often each pair was folded.
     """
-    queries = p.q_layout.positions(p.rank)
-    keys = [p.k_layout.positions(r) for r in range(p.world_size)]
+    layout = p.q_layout if p.traveller[1] == "q" else p.k_layout
+    keys = [layout.positions(r) for r in range(p.world_size)]  # or queries, if they travel
     held = {p.rank: keys[p.rank]}
     arriving: dict[int, Tensor] = {}
     sums: dict[int, Tensor] = {}  # gradients as the number of pairs behind every row as held
@@ -150,7 +150,10 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
         post(step, previous)
         assert len(held) + len(arriving) <= most_held(p)
         for origin in step.folds:
-            pairs = fold(p, origin, queries, held[origin], folded)
+            if p.traveller[1] == "q":
+                pairs = fold_queries(p, origin, held[origin], folded)
+            else:
+                pairs = fold(p, origin, p.q_layout.positions(p.rank), held[origin], folded)
             sums[origin] = sums.get(origin, 0) + pairs
         while not all(m.matched for m in under_way if m.transfer.due < following):
             yield
@@ -162,12 +165,27 @@ def run_rank(p: Plan, wire: Wire, folded: Tensor) -> Iterator[None]:
     post(None, previous)
     while not all(m.matched for m in under_way):
         yield
-    land(p.last_due + 1)
+    land(last_due(p.steps) + 1)
     assert list(held) == [p.rank] and not under_way and not arriving
     assert list(sums) == [p.rank], "gradients that nobody sent home"
-    p_seen = sums[p.rank]
     dense = p.mask.dense(p.q_layout.length, p.k_layout.length)
-    assert torch.equal(p_seen, dense[:, :, keys[p.rank]].sum((0, 1)))
+    pairs = dense.sum((0, 2) if p.traveller[1] == "q" else (0, 1))
+    assert torch.equal(sums[p.rank], pairs[keys[p.rank]])
+
+
+def fold_queries(p: Plan, origin: int, block: Tensor, folded: Tensor) -> Tensor:
+    """As fold, of travelling queries over the own keys."""
+    begin, end = p.query_intervals(origin)
+    keys = p.k_layout.positions(p.rank)
+    assert begin.dtype == end.dtype == torch.int32 and begin.shape == end.shape
+    assert begin.shape[2] == len(block) > 0
+    assert bool(((begin >= 0) & (begin <= end) & (end <= len(keys))).all())
+    rows = torch.arange(len(keys))
+    seen = ((begin[..., None] <= rows) & (rows < end[..., None])).sum(0)
+    seen = seen.expand(folded.shape[0], len(block), len(keys)).to(folded.dtype)
+    assert bool(seen.any())
+    folded[:, block[:, None], keys[None]] += seen
+    return seen.sum((0, 2), dtype=torch.int64)
 
 
 def fold(p: Plan, origin: int, queries: Tensor, block: Tensor, folded: Tensor) -> Tensor:
@@ -216,7 +234,8 @@ def schedules(generator: str, world: int) -> list[dict[str, Any]]:
         nodes = [n for n in range(2, world + 1) if world % n == 0]
         return [{"generator": generator, "ranks_per_node": n} for n in nodes]
     if generator == "direct":
-        return [{"generator": generator, "resident": n} for n in {1, 2, 3, world}]
+        residents = [{"generator": generator, "resident": n} for n in {1, 2, 3, world}]
+        return [residents[0], {"generator": generator, "traveller": "q"}, *residents[1:]]
     return [{"generator": generator}]
 
 
@@ -230,7 +249,9 @@ def check(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
     for p in plans:
         pairs = (dense[:1] if shared else dense)[:, q.positions(p.rank)]
         for step in p.steps:
-            assert step.flops == sum(int(pairs[:, :, k.positions(o)].sum()) for o in step.folds)
+            assert step.flops == sum(
+                pairs_of(dense[:1] if shared else dense, p, o) for o in step.folds
+            )
         own = pairs[:, :, k.positions(p.rank)].sum((0, 1)).cumsum(0)
         total = int(own[-1]) if len(own) else 0
         half = [0, *(2 * own).tolist()]
@@ -239,12 +260,26 @@ def check(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
         assert all(s.folds + s.sends + s.recvs + s.grad_sends + s.grad_recvs for s in p.steps[1:])
 
 
+def pairs_of(dense: Tensor, p: Plan, origin: int) -> int:
+    """Visible pairs of the fold of a block."""
+    reader, keys = (origin, p.rank) if p.traveller[0] == "q" else (p.rank, origin)
+    mine = dense[:, p.q_layout.positions(reader)]
+    return int(mine[:, :, p.k_layout.positions(keys)].sum())
+
+
 def counted_rows(dense: Tensor, p: Plan) -> tuple[int, int]:
     """How many rows of K/V and of gradients a rank has to send, by brute force."""
     world, me, locals_ = p.world_size, p.rank, p.ranks_per_node
 
     def seen(origin: int, *readers: int) -> int:
         return rows_seen(dense, p, origin, list(readers))
+
+    if p.traveller == ("q", "q"):
+
+        def seen(origin: int, *readers: int) -> int:
+            mine = dense[:, p.q_layout.positions(origin)]
+            keys = torch.cat([p.k_layout.positions(r) for r in readers])
+            return int(mine[:, :, keys].any(2).any(0).sum())
 
     others = [r for r in range(world) if r != me]
     if p.generator == "double":
@@ -270,7 +305,10 @@ def check_counts(mask: Mask, q: Layout, k: Layout, **how: Any) -> None:
     for p in plans_of(mask, q, k, **how):
         sent = sum(s.rows for s in p.steps), sum(s.grad_rows for s in p.steps)
         assert sent == counted_rows(dense, p), p
-        assert sum(p.flops) == int(distinct[:, q.positions(p.rank)].sum())
+        if p.traveller[0] == "q":
+            assert sum(p.flops) == int(distinct[:, :, k.positions(p.rank)].sum())
+        else:
+            assert sum(p.flops) == int(distinct[:, q.positions(p.rank)].sum())
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -280,7 +318,7 @@ def test_every_mask_on_every_layout(
     mask: Mask, make: Callable[[int, int], Layout], generator: str
 ) -> None:
     for length, world in ((1, 1), (23, 2), (24, 3), (37, 4), (5, 8), (61, 6)):
-        for how in schedules(generator, world)[:2]:
+        for how in schedules(generator, world)[:3]:
             check(mask, make(length, world), make(length, world), **how)
 
 
@@ -365,6 +403,25 @@ def test_resident_blocks_are_folded_together(resident: int) -> None:
         ]
         assert sum(p.rows) == 70
         assert (p.generator == "direct" and f"{resident} resident" in repr(p)) or resident == 1
+
+
+def test_what_travels_is_chosen_by_bytes() -> None:
+    def chosen(q_len: int, k_len: int, heads: int, kv_heads: int) -> tuple[str, str]:
+        q = torch.empty(1, heads, q_len, 64, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(1, kv_heads, k_len, 64, dtype=torch.bfloat16, device="meta")
+        layouts = {"q_layout": Contiguous(q_len, 2), "k_layout": Contiguous(k_len, 2)}
+        return plan(Full(), **layouts, rank=0, traveller="auto", like=(q, k, k)).traveller
+
+    assert chosen(64, 64, 8, 8) == ("kv", "q")  # as many heads: two thirds of the bytes
+    assert chosen(64, 64, 8, 4) == ("kv", "kv")
+    assert chosen(8, 4096, 32, 8) == ("q", "q")  # few queries over a long cache
+    double = plan(
+        Full(), Contiguous(64, 4), rank=0, ranks_per_node=2, traveller="auto",
+        like=(torch.empty(1, 8, 16, 64, device="meta"),) * 3,
+    )  # fmt: skip
+    assert double.traveller == ("kv", "kv")
+    assert plan(Full(), Contiguous(64, 4), rank=0, traveller=("q", "kv")).traveller == ("q", "kv")
+    assert "q/kv travel" in repr(plan(Full(), Contiguous(8, 2), rank=0, traveller=("q", "kv")))
 
 
 @pytest.mark.parametrize("mask", [Window(0, 0), Window(1, 1), Chunks(1)], ids=repr)
@@ -516,6 +573,8 @@ def test_digest_tells_plans_apart() -> None:
         plan(Causal() & Documents([0, 5, 9]), Zigzag(9, 3), rank=0),
         plan(documents, Zigzag(9, 3), rank=0, generator="chain"),
         plan(documents, Zigzag(9, 3), rank=0, resident=2),
+        plan(documents, Zigzag(9, 3), rank=0, ulysses=3),
+        plan(documents, Zigzag(9, 3), rank=0, traveller=("kv", "q")),
         plan(documents, Zigzag(9, 3), rank=0, ranks_per_node=3),
         plan(documents, Contiguous(9, 3), rank=0),
         plan(documents, Striped(9, 3), rank=0),
@@ -551,6 +610,12 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: plan(Causal(), Zigzag(8, 2), rank=2), r"expected a rank in \[0, 2\), got 2"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, generator="tree"), "generator of .*got 'tree'"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=0), "resident"),
+    (lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="v"), "a traveller of .*got \"?'v'"),
+    (lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="auto"), "expected like with"),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="q", generator="chain"),
+        'expected traveller "kv" with chain',
+    ),
     (
         lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=2, generator="chain"),
         "expected resident == 1 with chain, got 2",

@@ -184,6 +184,27 @@ def test_a_double_ring_pays_where_nodes_are_far_apart() -> None:
     assert ra.plan(ra.Causal(), layout, rank=3, **best.schedule).generator == "double"
 
 
+def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
+    layout, shapes = ra.Zigzag(8 * 8192, 8), Shapes(32, 8, 128)
+    m = Machine("H100", "100G", node_link="NVLink", ranks_per_node=4)
+    plans = [ra.plan(ra.Causal(), layout, rank=r, shapes=shapes, machine=m) for r in (0, 5)]
+    for made in plans:
+        assert made.prediction is not None and made.generator == "double"
+        assert made.digest == plans[0].digest and made.explain() == made.prediction.explain()
+        how = made.prediction.schedule
+        assert made == ra.plan(ra.Causal(), layout, rank=made.rank, **how)
+    named = ra.plan(ra.Causal(), layout, rank=0, shapes=shapes, machine=m, generator="chain")
+    assert named.generator == "chain" and "generator=chain" in named.explain()
+    plain = ra.plan(ra.Causal(), layout, rank=0)
+    assert plain.explain() == repr(plain)
+    with pytest.raises(ValueError, match=r"Plan.draw: expected a plan with a prediction, got none"):
+        plain.draw(tmp_path / "plan.png")
+    with pytest.raises(ValueError, match=r"plan: expected both shapes and machine"):
+        ra.plan(ra.Causal(), layout, rank=0, shapes=shapes)
+    with pytest.raises(ValueError, match=r"plan: expected ranks_per_node == 4, got 2"):
+        ra.plan(ra.Causal(), layout, rank=0, shapes=shapes, machine=m, ranks_per_node=2)
+
+
 def test_memory_decides() -> None:
     layout, shapes = ra.Zigzag(8 * 256, 8), Shapes(32, 8, 128)
     quick = machine(Link("l", 1e12), launch_s=1e-3)  # launches are dear: everything at once

@@ -52,6 +52,9 @@ SCHEDULES: dict[str, dict[int, dict[str, Any]]] = {
     "chain": {size: {"generator": "chain"} for size in (2, 3, 4, 6)},
     "two resident": {size: {"resident": 2} for size in (3, 4, 6)},
     "all resident": {size: {"resident": size} for size in (2, 4, 6)},
+    "queries": {size: {"traveller": "q"} for size in (2, 3, 4)},
+    "queries forward": {size: {"traveller": ("q", "kv")} for size in (4,)},
+    "queries backward": {size: {"traveller": ("kv", "q"), "resident": 2} for size in (4, 6)},
     "one node": {size: {"ranks_per_node": size} for size in (2, 3)},
     "nodes of two": {size: {"ranks_per_node": 2} for size in (4, 6, 8)},
     "nodes of three": {size: {"ranks_per_node": 3} for size in (6, 9)},
@@ -80,6 +83,26 @@ def test_every_schedule_is_exact(schedule: str, world_size: int, mask: str) -> N
     case = Case(LENGTH, mask=MASKS[mask], heads=4)
     layout = Zigzag(LENGTH, world_size)
     assert_exact(on_virtual_ranks(case, world_size, layout, SCHEDULES[schedule][world_size]), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, k_len=LENGTH, mask=Full(), heads=6, kv_heads=2, sinks=True, dtype=torch.bfloat16),
+        Case(LENGTH, heads=3, kv_heads=1, head_dim=24, v_head_dim=40, sinks=True),
+        Case(LENGTH, softcap=2.0, mask=Window(7, 9), dtype=torch.bfloat16),
+        Case(LENGTH, batch=2, mask=Causal() & KeyLength((61, 23))),
+        Case(LENGTH, batch=3, mask=KeyLength((0, 1, 60)), sinks=True),
+        Case(29, k_len=LENGTH, mask=Causal(bottom_right=True)),
+    ],
+    ids=["few queries", "mqa, dv != dqk", "softcap", "key length", "empty samples", "cross"],
+)
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_travelling_queries_are_exact_for_every_argument(case: Case, world_size: int) -> None:
+    k_len = case.k_len or case.q_len
+    q_layout, k_layout = Zigzag(case.q_len, world_size), Striped(k_len, world_size, block=2)
+    parts = run_virtual(world_size, run_rank, case, q_layout, k_layout, {"traveller": "q"})
+    assert_exact(join(parts, q_layout, k_layout), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -39,6 +39,42 @@ void add_visible(const Run& part, const Segment& s, std::vector<Range>& out) {
   }
 }
 
+// The rows of a segment that see one of a stretch of keys: bounds are lines, so it is one interval.
+Range viewers_of(const Segment& s, const Run& keys) {
+  Range rows = {s.begin, s.end};
+  if (s.lo.slope == 1) {
+    rows.end = std::min(rows.end, keys.end() - s.lo.base);
+  } else if (s.lo.base >= keys.end()) {
+    return {};
+  }
+  if (s.hi.slope == 1) {
+    rows.begin = std::max(rows.begin, keys.start + 1 - s.hi.base);
+  } else if (s.hi.base <= keys.start) {
+    return {};
+  }
+  return rows;
+}
+
+// The rows of a part of a shard of queries that see one of `keys`, one by one.
+void add_viewers(const Run& part, const Segment& s, const Shard& keys, std::vector<Range>& out) {
+  const auto sees = [&](int64_t p) {
+    return keys.count_below(s.lo.at(p)) < keys.count_below(s.hi.at(p));
+  };
+  const bool alike = s.lo.slope == 0 && s.hi.slope == 0;
+  if (alike && !sees(part.start)) return;
+  for (int64_t i = 0; i < part.count; ++i) {
+    for (int64_t j = 0; j < part.block; ++j) {
+      const int64_t p = part.start + i * part.stride + j;
+      if (!alike && !sees(p)) continue;
+      if (!out.empty() && out.back().end == p) {
+        ++out.back().end;
+      } else {
+        out.push_back({p, p + 1});
+      }
+    }
+  }
+}
+
 int64_t count_below(const Run& part, const Line& line, const Shard& keys) {
   if (line.slope == 0) return part.rows() * keys.count_below(line.base);
   int64_t pairs = 0;
@@ -69,6 +105,31 @@ Ranges Reads::visible(int64_t reader) const {
     }
   }
   return Ranges(std::move(positions));
+}
+
+Ranges Reads::viewers(int64_t owner, const Shard& keys) const {
+  constexpr size_t kFew = 8;  // runs of keys; stripes are many, and looked at from the queries
+  bool stretches = keys.runs().size() <= kFew;
+  for (const Run& run : keys.runs()) stretches = stretches && run.count == 1;
+  const Shard& queries = q_.shard(owner);
+  std::vector<Range> positions;
+  for (const Segments& mask : samples_) {
+    if (stretches) {
+      for (const Segment& s : mask.list()) {
+        for (const Run& run : keys.runs()) {
+          const Range rows = viewers_of(s, run);
+          if (rows.begin < rows.end) positions.push_back(rows);
+        }
+      }
+      continue;
+    }
+    for (const Run& run : queries.runs()) {
+      for_each_part(run, mask, [&](const Run& part, const Segment& s) {
+        add_viewers(part, s, keys, positions);
+      });
+    }
+  }
+  return queries.rows(Ranges(std::move(positions)));
 }
 
 int64_t Reads::pairs(int64_t reader, const Shard& keys) const {

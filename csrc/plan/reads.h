@@ -35,6 +35,8 @@ class Reads {
 
   // Exactly the key positions that some query of `reader` sees in some sample.
   Ranges visible(int64_t reader) const;
+  // Exactly the rows of `owner`'s queries that see one of `keys` in some sample.
+  Ranges viewers(int64_t owner, const Shard& keys) const;
   // Query-key pairs between a shard of queries and a shard of keys, summed over the samples.
   int64_t pairs(int64_t reader, const Shard& keys) const;
   // The number of own key rows after which half of the pairs of the own block are done.

@@ -22,36 +22,68 @@ int64_t nearest(int64_t t, int64_t size) {
   return t % 2 == 1 ? (t + 1) / 2 : (size - t / 2) % size;
 }
 
-// Folds the block of `origin` in a step, if a query sees it; the rows seen are its gradients' too.
-Ranges fold(Step& step, const Reads& reads, int64_t rank, int64_t origin, const Ranges& seen) {
-  Ranges rows = reads.k().shard(origin).rows(seen);
+// Which rows of each other's blocks ranks need: of keys that travel, those some query of the reader
+// sees; of queries that travel, those that see some key of the reader.
+class Demand {
+ public:
+  Demand(const Reads& reads, Traveller traveller) : reads_(reads), traveller_(traveller) {}
+
+  int64_t world_size() const { return reads_.world_size(); }
+  const Shard& block(int64_t origin) const {
+    return (traveller_ == Traveller::kKeys ? reads_.k() : reads_.q()).shard(origin);
+  }
+  Ranges rows(int64_t origin, int64_t reader) const {
+    if (traveller_ == Traveller::kQueries) {
+      return reads_.viewers(origin, reads_.k().shard(reader));
+    }
+    return block(origin).rows(visible(reader));
+  }
+  int64_t pairs(int64_t origin, int64_t reader) const {
+    return traveller_ == Traveller::kKeys ? reads_.pairs(reader, reads_.k().shard(origin))
+                                          : reads_.pairs(origin, reads_.k().shard(reader));
+  }
+  // The key positions that a rank's queries see.
+  const Ranges& visible(int64_t reader) const {
+    const auto known = visible_.find(reader);
+    if (known != visible_.end()) return known->second;
+    return visible_.emplace(reader, reads_.visible(reader)).first->second;
+  }
+
+ private:
+  const Reads& reads_;
+  const Traveller traveller_;
+  mutable std::map<int64_t, Ranges> visible_;
+};
+
+// Folds the block of `origin` in a step, if it is needed; the rows needed are its gradients' too.
+Ranges fold(Step& step, const Demand& demand, int64_t rank, int64_t origin) {
+  Ranges rows = demand.rows(origin, rank);
   if (!rows.empty()) {
     step.folds.push_back(origin);
-    step.flops += reads.pairs(rank, reads.k().shard(origin));
+    step.flops += demand.pairs(origin, rank);
   }
   return rows;
 }
 
 // Folds the block of rank - distance, sends what that gives its owner, and receives what rank +
 // distance has for the own block.
-void fold_at(Step& step, const Reads& reads, int64_t rank, int64_t distance, const Ranges& seen,
-             const Ranges& seen_by_reader) {
-  const int64_t world = reads.world_size(), t = step.number;
+void fold_at(Step& step, const Demand& demand, int64_t rank, int64_t distance) {
+  const int64_t world = demand.world_size(), t = step.number;
   const int64_t origin = (rank - distance + world) % world, reader = (rank + distance) % world;
-  const Ranges rows = fold(step, reads, rank, origin, seen);
+  const Ranges rows = fold(step, demand, rank, origin);
   if (distance > 0) {
     add(step.grad_sends, origin, origin, t, t + 1, rows);
-    add(step.grad_recvs, reader, rank, t, t + 1, reads.k().shard(rank).rows(seen_by_reader));
+    add(step.grad_recvs, reader, rank, t, t + 1, demand.rows(rank, reader));
   }
 }
 
 // Own rows straight to their readers, nearest first: the own block is folded at hop 0, the
 // `resident` nearest ones at hop 1, and so on.
 std::vector<Step> direct(const Reads& reads, int64_t rank, const Options& options) {
-  const int64_t world = reads.world_size();
-  const Ranges seen = reads.visible(rank);
+  const Demand demand(reads, options.traveller);
+  const int64_t world = demand.world_size();
   std::vector<Step> hops(1);
-  fold_at(hops[0], reads, rank, 0, seen, seen);
+  fold_at(hops[0], demand, rank, 0);
   for (int64_t begin = 1; begin < world; begin += options.resident) {
     const int64_t t = hops.back().number;
     Step next;
@@ -59,10 +91,9 @@ std::vector<Step> direct(const Reads& reads, int64_t rank, const Options& option
     for (int64_t i = begin; i < std::min(begin + options.resident, world); ++i) {
       const int64_t distance = nearest(i, world);
       const int64_t to = (rank + distance) % world, from = (rank - distance + world) % world;
-      const Ranges seen_by_reader = reads.visible(to);
-      add(hops.back().sends, to, rank, t, t, reads.k().shard(rank).rows(seen_by_reader));
-      add(hops.back().recvs, from, from, t, t, reads.k().shard(from).rows(seen));
-      fold_at(next, reads, rank, distance, seen, seen_by_reader);
+      add(hops.back().sends, to, rank, t, t, demand.rows(rank, to));
+      add(hops.back().recvs, from, from, t, t, demand.rows(from, rank));
+      fold_at(next, demand, rank, distance);
     }
     hops.push_back(std::move(next));
   }
@@ -74,17 +105,16 @@ std::vector<Step> direct(const Reads& reads, int64_t rank, const Options& option
 std::vector<Step> chain(const Reads& reads, int64_t rank, const Options&) {
   const int64_t world = reads.world_size();
   const int64_t next = (rank + 1) % world, previous = (rank - 1 + world) % world;
-  const Ranges seen = reads.visible(rank);
-  std::vector<Ranges> seen_by(1, seen);  // [t]: by rank + t
-  std::vector<Ranges> downstream(1);     // [n]: by rank + 1 ... rank + n
+  const Demand demand(reads, Traveller::kKeys);
+  const Ranges& seen = demand.visible(rank);
+  std::vector<Ranges> downstream(1);  // [n]: seen by rank + 1 ... rank + n
   for (int64_t t = 1; t < world; ++t) {
-    seen_by.push_back(reads.visible((rank + t) % world));
-    downstream.push_back(unite(downstream.back(), seen_by.back()));
+    downstream.push_back(unite(downstream.back(), demand.visible((rank + t) % world)));
   }
   std::vector<Step> hops(static_cast<size_t>(world));
   for (int64_t t = 0; t < world; ++t) {
     hops[t].number = t;
-    fold_at(hops[t], reads, rank, t, seen, seen_by[t]);
+    fold_at(hops[t], demand, rank, t);
     if (t + 1 == world) break;
     const Shard& held = reads.k().shard((rank - t + world) % world);
     const int64_t coming = (rank - t - 1 + world) % world;
@@ -101,27 +131,26 @@ std::vector<Step> chain(const Reads& reads, int64_t rank, const Options&) {
 class DoubleRing {
  public:
   DoubleRing(const Reads& reads, int64_t rank, int64_t locals)
-      : reads_(reads),
+      : demand_(reads, Traveller::kKeys),
         rank_(rank),
         locals_(locals),
         nodes_(reads.world_size() / locals),
         node_(rank / locals),
         local_(rank % locals) {
     for (int64_t r = 0; r < reads.world_size(); ++r) {
-      seen_by_.push_back(reads.visible(r));
       if (r % locals == 0) seen_by_node_.emplace_back();
-      seen_by_node_.back() = unite(seen_by_node_.back(), seen_by_.back());
+      seen_by_node_.back() = unite(seen_by_node_.back(), demand_.visible(r));
     }
   }
 
   std::vector<Step> hops() const {
-    std::vector<Step> hops(static_cast<size_t>(reads_.world_size()));
-    for (int64_t t = 0; t < reads_.world_size(); ++t) {
+    std::vector<Step> hops(static_cast<size_t>(demand_.world_size()));
+    for (int64_t t = 0; t < demand_.world_size(); ++t) {
       Step& step = hops[t];
       step.number = t;
       fold_here(step);
-      if (t + 1 < reads_.world_size()) pass_on(step, t + 1);
-      if (t % locals_ == 0 && t + locals_ < reads_.world_size()) cross(step, t / locals_ + 1);
+      if (t + 1 < demand_.world_size()) pass_on(step, t + 1);
+      if (t % locals_ == 0 && t + locals_ < demand_.world_size()) cross(step, t / locals_ + 1);
       if (t % locals_ == locals_ - 1 && t >= locals_) cross_back(step, t / locals_);
     }
     return hops;
@@ -137,8 +166,8 @@ class DoubleRing {
   int64_t distance(int64_t t) const {
     return nearest(t < locals_ ? t : (t + 1) % locals_, locals_);
   }
-  Ranges rows(int64_t origin, const Ranges& seen) const {
-    return reads_.k().shard(origin).rows(seen);
+  Ranges rows_of_node(int64_t origin, int64_t node) const {
+    return demand_.block(origin).rows(seen_by_node_[static_cast<size_t>(node)]);
   }
 
   // Gradients go to where the block came in: in the first round, to its owner.
@@ -146,10 +175,10 @@ class DoubleRing {
     const int64_t t = step.number, d = distance(t);
     const int64_t origin = at(source(t), local_ - d), kept = at(source(t), local_);
     const int64_t reader = at(node_, local_ + d);
-    const Ranges seen = fold(step, reads_, rank_, origin, seen_by_[rank_]);
+    const Ranges seen = fold(step, demand_, rank_, origin);
     if (d == 0) return;
     add(step.grad_sends, at(node_, local_ - d), origin, t, t + 1, seen);
-    add(step.grad_recvs, reader, kept, t, t + 1, rows(kept, seen_by_[reader]));
+    add(step.grad_recvs, reader, kept, t, t + 1, demand_.rows(kept, reader));
   }
 
   // The block that this rank keeps in the round of hop `next`, to its reader at that hop.
@@ -158,8 +187,8 @@ class DoubleRing {
     if (d == 0) return;
     const int64_t kept = at(source(next), local_), reader = at(node_, local_ + d);
     const int64_t coming = at(source(next), local_ - d);
-    add(step.sends, reader, kept, t, t, rows(kept, seen_by_[reader]));
-    add(step.recvs, at(node_, local_ - d), coming, t, t, rows(coming, seen_by_[rank_]));
+    add(step.sends, reader, kept, t, t, demand_.rows(kept, reader));
+    add(step.recvs, at(node_, local_ - d), coming, t, t, demand_.rows(coming, rank_));
   }
 
   // Own rows to the other node that reads them in `round`; there before its first block is passed
@@ -167,21 +196,21 @@ class DoubleRing {
   void cross(Step& step, int64_t round) const {
     const int64_t t = step.number, far = nearest(round, nodes_), due = t + locals_ - 2;
     const int64_t from = at(node_ - far, local_), to = at(node_ + far, local_);
-    add(step.sends, to, rank_, t, due, rows(rank_, seen_by_node_[to / locals_]));
-    add(step.recvs, from, from, t, due, rows(from, seen_by_node_[node_]));
+    add(step.sends, to, rank_, t, due, rows_of_node(rank_, to / locals_));
+    add(step.recvs, from, from, t, due, rows_of_node(from, node_));
   }
 
   // What this node has for the owner of the block kept in `round`, and others have for this rank.
   void cross_back(Step& step, int64_t round) const {
     const int64_t t = step.number, far = nearest(round, nodes_), due = t + locals_ - 1;
     const int64_t owner = at(node_ - far, local_), from = at(node_ + far, local_);
-    add(step.grad_sends, owner, owner, t, due, rows(owner, seen_by_node_[node_]));
-    add(step.grad_recvs, from, rank_, t, due, rows(rank_, seen_by_node_[from / locals_]));
+    add(step.grad_sends, owner, owner, t, due, rows_of_node(owner, node_));
+    add(step.grad_recvs, from, rank_, t, due, rows_of_node(rank_, from / locals_));
   }
 
-  const Reads& reads_;
+  const Demand demand_;
   const int64_t rank_, locals_, nodes_, node_, local_;
-  std::vector<Ranges> seen_by_, seen_by_node_;
+  std::vector<Ranges> seen_by_node_;
 };
 
 std::vector<Step> double_ring(const Reads& reads, int64_t rank, const Options& options) {
@@ -215,9 +244,8 @@ void join(Step& step, Step&& hop) {
   move(step.grad_recvs, hop.grad_recvs);
 }
 
-std::vector<Step> finish(const Reads& reads, int64_t rank, std::vector<Step> hops,
-                         size_t resident) {
-  std::map<int64_t, Ranges> held = {{rank, Ranges({{0, reads.k().shard(rank).size()}})}};
+std::vector<Step> finish(int64_t rank, int64_t own_rows, std::vector<Step> hops, size_t resident) {
+  std::map<int64_t, Ranges> held = {{rank, Ranges({{0, own_rows}})}};
   std::map<int64_t, int64_t> due;
   std::map<int64_t, size_t> last_use;
   std::vector<Step> steps;
@@ -260,12 +288,16 @@ std::vector<Step> schedule(const Reads& reads, int64_t rank, const std::string& 
   if (options.resident < 1 || (options.resident > 1 && generator != "direct")) {
     throw std::invalid_argument("planner: only direct keeps several travelling blocks resident");
   }
+  if (options.traveller == Traveller::kQueries && generator != "direct") {
+    throw std::invalid_argument("planner: queries travel direct");
+  }
   if ((generator == "double") != (locals > 1) || reads.world_size() % locals != 0) {
     throw std::invalid_argument("planner: a double ring, and nothing else, has nodes of ranks");
   }
   for (const Generator& g : generators()) {
     if (generator == g.name) {
-      return finish(reads, rank, g.hops(reads, rank, options),
+      const Demand demand(reads, options.traveller);
+      return finish(rank, demand.block(rank).size(), g.hops(reads, rank, options),
                     static_cast<size_t>(options.resident));
     }
   }

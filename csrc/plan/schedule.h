@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What one rank does, step by step.
+// What one rank does, step by step. Told for keys that travel; queries are scheduled alike.
 //
 // Note [schedule]. A generator lists, per hop, what this rank folds and which messages it posts, in
 // rows of the origin's shard. finish() then makes the executable plan: empty hops vanish, rows
@@ -49,7 +49,12 @@ struct Step {
   }
 };
 
+// What travels: keys to the ranks whose queries see them, or queries to the ranks whose keys they
+// see. Then "gradients" are what those ranks have for the owner: dK/dV, or a state or dQ.
+enum class Traveller { kKeys, kQueries };
+
 struct Options {
+  Traveller traveller = Traveller::kKeys;
   int64_t resident = 1;        // travelling blocks folded in one step
   int64_t ranks_per_node = 1;  // of a double ring
 };

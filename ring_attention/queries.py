@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ring with queries that travel, and keys that stay.
+
+Forward, a rank folds its own keys for the queries of others and sends their states (acc, m, l) home
+in fp32, where they are combined: little to send for few queries over a long cache. Backward, Q, dO,
+lse and delta travel and dQ goes home, while dK and dV are summed where their keys are: two thirds
+of the bytes of K/V and dK/dV for as many heads of keys as of queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .loop import Keys, clipped, send_home
+from .messages import Blocks, Rows, States, Sums
+from .plan import Plan
+from .ring import Transport
+
+
+def forward(
+    plan: Plan,
+    transport: Transport,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """As loop.forward."""
+    acc, m, l = ops.empty_state(q, v)  # noqa: E741
+    blocks = Blocks(transport, "Q", Rows((q,)))
+    states = States(transport, "state", Rows((acc, m, l)))
+
+    def add_to(
+        state: Sequence[Tensor],
+        rows: Tensor,
+        keys: Sequence[tuple[Tensor, Tensor]],
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Folds the own keys, seen at these intervals; none for the state before any key."""
+        acc, m, l = state  # noqa: E741
+        ops.block_forward_(
+            rows,
+            [k for _ in keys],
+            [v for _ in keys],
+            [begin for begin, _ in keys],
+            [end for _, end in keys],
+            sinks,
+            acc,
+            m,
+            l,
+            None,
+            None,
+            first=not keys,
+            last=False,
+            scale=scale,
+            softcap=softcap,
+        )
+
+    def fold(origins: Sequence[int], keys: Keys) -> None:
+        for origin in origins:
+            (rows,) = blocks[origin].tensors
+            state = states.of(origin, blocks[origin].rows).tensors
+            add_to(state, rows, [clipped(plan.query_intervals(origin), keys)])
+
+    add_to((acc, m, l), q, [], sinks)  # sinks count once: at the owner of the queries
+    held = plan.held_rows("q")
+    send_home(plan, plan.steps, held, transport, "forward", blocks, states, fold)
+    out, lse = ops.empty_output(q, v)
+    ops.finish_(acc, m, l, out, lse)
+    return out, lse
+
+
+def backward(
+    plan: Plan,
+    transport: Transport,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As loop.backward."""
+    delta = ops.delta(out, dout, dlse)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    blocks = Blocks(transport, "Q", Rows((q, dout, lse, delta)))
+    sums = Sums(transport, "dQ", Rows((dq,)))
+
+    def fold(origins: Sequence[int], keys: Keys) -> None:
+        for origin in origins:
+            begin, end = clipped(plan.query_intervals(origin), keys)
+            (into,) = sums.of(origin, blocks[origin].rows).tensors
+            q, dout, lse, delta = blocks[origin].tensors
+            ops.block_backward_(
+                q,
+                dout,
+                lse,
+                delta,
+                [k],
+                [v],
+                [begin],
+                [end],
+                into,
+                [dk],
+                [dv],
+                scale=scale,
+                softcap=softcap,
+            )
+
+    held = plan.held_rows("q")
+    send_home(plan, plan.backward_steps, held, transport, "backward", blocks, sums, fold)
+    dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
