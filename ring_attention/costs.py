@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .figures import Machine
 from .mask_algebra import at_least, refuse
@@ -77,7 +78,8 @@ def break_even(shapes: Shapes, machine: Machine, causal: bool = False) -> tuple[
 
     A fold takes 4 c^2 H D / F seconds (2.5 times that backward), a hop's message 2 c G D elements
     over W: K/V forward, K/V and fp32 gradients backward; so in 16 bits c >= (G/H) F/W forward and
-    1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens.
+    1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens. (The
+    last gradients of a backward have half an own block to hide behind: 1.6 (G/H) F/W.)
 
     Example:
         >>> machine = Machine("H100", "400G")
@@ -99,6 +101,11 @@ class Costs:
     shapes: Shapes
     machine: Machine
     backward: bool
+
+    @cached_property
+    def held_rows(self) -> dict[int, int]:
+        """Rows of every block that the rank holds at some time, by origin."""
+        return self.plan.held_rows("kv")
 
     def fold_s(self, step: Step, own_part: float = 0.0) -> float:
         """Seconds of the kernel calls of a step, without `own_part` of its pairs."""
@@ -131,7 +138,7 @@ class Costs:
     def packs(self, transfer: Transfer) -> bool:
         """Whether a message is copied first: own rows are, and parts of a block as held."""
         own = transfer.origin == self.plan.rank
-        return own or transfer.num_rows != self.plan.held_rows[transfer.origin]
+        return own or transfer.num_rows != self.held_rows[transfer.origin]
 
     def tensors_bytes(self) -> int:
         """What a rank holds whatever the ring does: inputs, outputs, state or gradients."""

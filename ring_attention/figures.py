@@ -171,7 +171,7 @@ def _named(argument: str, value: Any, names: Mapping[str, Any], kind: type) -> A
         return value
     found = {name.lower(): figures for name, figures in names.items()}.get(str(value).lower())
     if found is None:
-        remedy = f"or measure: python -m ring_attention calibrate (figures: {kind.__name__})"
+        remedy = f"pass {kind.__name__}(...), or measure: python -m ring_attention calibrate FILE"
         refuse("Machine", f"a {argument} of {sorted(names)}", repr(value), remedy)
     return found
 

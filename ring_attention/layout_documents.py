@@ -129,7 +129,7 @@ class _Placement:
 
         cheap = little * work / max(layout.length, 1)
         spread = sum(n for _, n in documents if self._cost(n) < cheap * n)
-        level = int(_FULL * spread / len(ranks)) + 1
+        level = min(int(_FULL * spread / len(ranks)) + 1, layout.max_tokens)
         first: list[Document] = []
         rest: list[Document] = []
         for begin, n in documents:

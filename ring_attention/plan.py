@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ from .mask_algebra import Mask, at_least, refuse
 from .merged import Merged
 from .registry import register
 from .ring import degrees_of
+
+if TYPE_CHECKING:
+    from .costs import Shapes
+    from .figures import Machine
+    from .predict import Prediction
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
 # Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
@@ -217,6 +222,7 @@ class Plan:
         backward_steps: what to do in the backward; the same, if the same travels.
         ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
             merged layouts and for its share of the heads; None without.
+        prediction: what the schedule takes on the machine it was chosen for, if any.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
 
@@ -235,6 +241,7 @@ class Plan:
     traveller: tuple[str, str] = ("kv", "kv")
     ulysses: int = 1
     ring: Plan | None = field(default=None, repr=False, compare=False)
+    prediction: Prediction | None = field(default=None, repr=False, compare=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
     _query_cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
     _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
@@ -406,6 +413,17 @@ class Plan:
         """The whole tensor from all ranks' rows; see Layout.unshard."""
         return self.q_layout.unshard(x, group, dim)
 
+    def explain(self) -> str:
+        """The plan in words; with shapes and machine, what it is predicted to take."""
+        return repr(self) if self.prediction is None else self.prediction.explain()
+
+    def draw(self, path: Any) -> None:
+        """Draws the predicted timeline, ranks x time: .png, .svg or .pdf; needs matplotlib."""
+        if self.prediction is None:
+            remedy = "make the plan with shapes= and machine="
+            refuse("Plan.draw", "a plan with a prediction", "none", remedy)
+        self.prediction.draw(path)
+
     def __repr__(self) -> str:
         layout = repr(self.q_layout)
         if self.k_layout != self.q_layout:
@@ -511,6 +529,36 @@ def _cheapest(
     return "q" if forward else "kv", "q" if backward else "kv"
 
 
+def _predicted(
+    mask: Mask,
+    layout: Layout,
+    rank: int,
+    generator: str,
+    resident: int,
+    ranks_per_node: int | None,
+    shapes: Shapes,
+    machine: Machine,
+    memory_bytes: float | None,
+) -> Plan:
+    """The plan that a prediction chose, or predicted as it was chosen by name."""
+    from .predict import predict
+
+    if ranks_per_node not in (None, machine.ranks_per_node):
+        remedy = "leave it out: the machine says it"
+        refuse("plan", f"ranks_per_node == {machine.ranks_per_node}", ranks_per_node, remedy)
+    prediction = predict(
+        mask,
+        layout,
+        shapes,
+        machine,
+        generator=generator,
+        resident=resident,
+        memory_bytes=memory_bytes,
+    )
+    made = plan(mask, layout, rank=rank, **prediction.schedule)
+    return dataclasses.replace(made, prediction=prediction)
+
+
 def plan(
     mask: Mask,
     layout: Layout | None = None,
@@ -525,6 +573,9 @@ def plan(
     ulysses: int | None = None,
     traveller: str | tuple[str, str] = "kv",
     like: tuple[Tensor, Tensor, Tensor] | None = None,
+    shapes: Shapes | None = None,
+    machine: Machine | None = None,
+    memory_bytes: float | None = None,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -551,9 +602,11 @@ def plan(
             direction; needs `like`. "q" is for direct. It pays for few queries over a long cache
             and, in the backward, for as many heads of keys as of queries.
         like: q, k and v (also meta tensors) of a call.
+        shapes, machine, memory_bytes: as in ``predict``. Generator "auto" then takes the schedule
+            that is predicted to be the quickest within the memory, and the plan has a prediction.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        ValueError: arguments that do not fit together, or no schedule fits into memory.
 
     Example:
         >>> p = plan(Causal(), Zigzag(8, 2), rank=0)
@@ -578,6 +631,20 @@ def plan(
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
+    if shapes is not None or machine is not None:
+        other = {
+            "ulysses": ulysses,
+            "traveller": None if traveller == "kv" else traveller,
+            "k_layout": None if k_layout == q_layout else k_layout,
+        }
+        given = {name: value for name, value in other.items() if value is not None}
+        if shapes is None or machine is None or given:
+            remedy = "predictions are of K/V that travel, queries and keys laid out alike"
+            got = {"shapes": shapes, "machine": machine} | given
+            refuse("plan", "both shapes and machine, without any of the others", got, remedy)
+        return _predicted(
+            mask, q_layout, me, generator, resident, ranks_per_node, shapes, machine, memory_bytes
+        )
     degrees = degrees_of(group)
     ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
     ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node

@@ -110,8 +110,9 @@ class Prediction:
             f"{_bytes(max(self.ring_memory))} (attention alone: no weights, no other activations)",
             f"  compute: {self.imbalance:.3f} times the mean at most; tokens per rank: "
             f"{tokens[0]:,} to {tokens[-1]:,}",
-            f"  a hop hides from {even[0]:,.0f} tokens per rank on forward, {even[1]:,.0f} backward"
-            f"{' (causal, balanced)' if causal else ' (full blocks)'}",
+            f"  a hop over {self.machine.link.name} hides from {even[0]:,.0f} tokens per rank on "
+            f"in the forward, from {even[1]:,.0f} in the backward"
+            f"{' (causal)' if causal else ' (full blocks)'}",
         ]
         if stolen := max(t.stolen_s for p in self._phases for t in p):
             lines.append(f"  the transport takes up to {_time(stolen)} of a phase from the kernels")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .costs import Costs
-from .plan import Step, Transfer
+from .plan import Step, Transfer, last_due
 
 # What both sides of a message know it by: gradient, hop, origin, sender, receiver.
 Key = tuple[bool, int, int, int, int]
@@ -62,7 +62,7 @@ def stages(costs: Costs) -> list[Stage]:
         out.append(stage)
         previous = step
     if costs.backward:
-        stage = Stage(numbers[-1] + 1, plan.last_due + 1)
+        stage = Stage(numbers[-1] + 1, last_due(plan.steps) + 1)
         _post(stage, costs, None, previous)
         if own_pairs:
             first = next(step for step in plan.steps if plan.rank in step.folds)
@@ -110,7 +110,7 @@ def ring_bytes(costs: Costs) -> int:
 
     def sum_of(origin: int) -> None:
         if origin != plan.rank:
-            sums.setdefault(origin, costs.shapes.grad_bytes(plan.held_rows[origin]))
+            sums.setdefault(origin, costs.shapes.grad_bytes(costs.held_rows[origin]))
 
     steps: list[Step | None] = [*plan.steps, *([None] if costs.backward else [])]
     for stage, step in zip(stages(costs), steps, strict=True):
