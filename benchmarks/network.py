@@ -490,7 +490,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for panel, kind in zip(panels, kinds, strict=False):
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["mbit"]):
             if (row["direction"], row["mask"]) != kind:
                 continue
             tokens = [point["tokens"] for point in row["points"]]
@@ -507,7 +507,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     first.set_ylabel("measured: % of a call waiting")
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower center")
-    figure.suptitle("Waiting ends at the predicted break-even (dotted)", x=0.01, ha="left")
+    figure.suptitle("Waiting; dotted: the predicted break-even", x=0.01, ha="left")
     figure.savefig(path)
 
 
