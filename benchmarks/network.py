@@ -19,7 +19,8 @@ Predicted is the shard from which a hop is hidden behind the folds of one block,
                                             for balanced causal masks, which fold half a block
 
 with F (of the calls without messages) and W measured here. Measured is where waiting ends, as the
-shards that wait have it: c times the hops' time over that of the folds that hide them.
+shards that wait have it: c times the hops' time over that of the folds that hide them. The time of
+a call is predicted from the one without messages: plus what hops take longer than those folds.
 Needs Linux, root and iproute2; says why where it cannot.
 """
 
@@ -58,7 +59,7 @@ MASKS: dict[str, ra.Mask] = {"full": ra.Full(), "causal": ra.Causal()}
 DIRECTIONS = ("forward", "backward")
 # Lengths at which the rate of the folds is measured, and shards as shares of the break-even.
 RATE_TOKENS = (256, 512, 1024, 2048, 4096)
-SHARES = (0.5, 0.75, 1.0, 1.3, 1.6)
+SHARES = (0.5, 0.75, 1.0, 1.35)
 # A hop that is waited for no longer than this share of a call counts as hidden.
 HIDDEN = 0.03
 
@@ -76,6 +77,11 @@ class Shape:
         factor = size / 2 if direction == "forward" else (size + 4) / 5
         visible = 0.5 if mask == "causal" else 1.0
         return self.kv_heads / self.heads * factor / visible * flops / bytes_s
+
+    def hop_bytes(self, direction: str, tokens: int) -> float:
+        """What the hops of a call between two ranks carry, in the busier direction."""
+        size = DTYPES[self.dtype].itemsize + (4 if direction == "backward" else 0)
+        return 2 * tokens * self.kv_heads * self.head_dim * size
 
     def flops(self, direction: str, pairs: float) -> float:
         return (4 if direction == "forward" else 10) * self.head_dim * self.heads * pairs
@@ -295,6 +301,7 @@ class Measured:
         exposed: time that hops took from both ends having posted, over that of the folds that hide
             them, of that rank; at most 1 if they are hidden.
         theft_s: CPU seconds more than without messages.
+        hiding_s: of the folds that hide hops, without messages, the mean of both ranks.
         rate: FLOP/s of a rank's folds without messages, the mean of both.
     """
 
@@ -305,6 +312,7 @@ class Measured:
     exposed: float
     theft_s: float
     sent_bytes: int
+    hiding_s: float
     rate: float
 
     @classmethod
@@ -324,6 +332,7 @@ class Measured:
                 seen["exposed"].append(hops_s / most["hiding"])
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
+                seen["hiding"].append(mean(r["hiding"] for r in ranks))
                 seen["rate"].append(flops / mean(r["compute"] for r in ranks))
         middle = {key: median(values) for key, values in seen.items()}
         return cls(
@@ -334,6 +343,7 @@ class Measured:
             exposed=middle.get("exposed", math.nan),
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
             sent_bytes=int(middle.get("bytes", 0)),
+            hiding_s=middle["hiding"],
             rate=middle["rate"],
         )
 
@@ -403,12 +413,14 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 HEADER = (
     "direction mask    Mbit  MB/s  break-even predicted measured   ratio | "
-    "tokens  of predicted   alone s    ring s    ratio  waiting   theft  CPU s/GB"
+    "tokens  of predicted   alone s    ring s    ratio  predicted s  ring/predicted  waiting   "
+    "theft  CPU s/GB"
 )
 
 
 def print_row(row: dict[str, Any]) -> None:
     """One bandwidth, a line per shard length."""
+    shape = Shape(**row["shape"])
     expected, found = row["predicted_tokens"], row["measured_tokens"]
     start = (
         f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{row['link_bytes_s'] / 1e6:6.1f}"
@@ -416,9 +428,12 @@ def print_row(row: dict[str, Any]) -> None:
     )
     for point in row["points"]:
         p = Measured(**point)
+        hops_s = shape.hop_bytes(row["direction"], p.tokens) / row["link_bytes_s"]
+        guess_s = p.alone_s + max(0.0, hops_s - p.hiding_s)
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
-            f"{p.seconds / p.alone_s:9.3f}{100 * p.waiting:8.1f}%"
+            f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"
+            f"{100 * p.waiting:8.1f}%"
             f"{100 * p.theft_s / p.alone_s / row['ranks']:7.1f}%"
             f"{p.theft_s / (p.sent_bytes / 1e9):10.2f}",
             flush=True,
@@ -475,7 +490,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for panel, kind in zip(panels, kinds, strict=False):
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["mbit"]):
             if (row["direction"], row["mask"]) != kind:
                 continue
             tokens = [point["tokens"] for point in row["points"]]
@@ -492,7 +507,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     first.set_ylabel("measured: % of a call waiting")
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower center")
-    figure.suptitle("Waiting ends at the predicted break-even (dotted)", x=0.01, ha="left")
+    figure.suptitle("Waiting; dotted: the predicted break-even", x=0.01, ha="left")
     figure.savefig(path)
 
 

@@ -105,7 +105,7 @@ class Costs:
     @cached_property
     def held_rows(self) -> dict[int, int]:
         """Rows of every block that the rank holds at some time, by origin."""
-        return self.plan.held_rows("kv")
+        return self.plan.held_rows
 
     def fold_s(self, step: Step, own_part: float = 0.0) -> float:
         """Seconds of the kernel calls of a step, without `own_part` of its pairs."""
