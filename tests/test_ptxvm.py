@@ -36,7 +36,7 @@ PTX += ["--compress-mode=none"]
 
 def compile_object(source: Path) -> Path:
     """Compiles a source unless its object is newer than every source of the virtual GPU."""
-    target = BUILD / f"{source.stem}.o"
+    target = BUILD / f"{source.parent.name}-{source.name}.o"
     newest = max(path.stat().st_mtime for path in [source, *HERE.rglob("*.h")])
     if target.exists() and target.stat().st_mtime > newest:
         return target
