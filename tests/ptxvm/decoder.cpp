@@ -80,17 +80,22 @@ std::vector<uint32_t> Decoder::sources(size_t i, bool wide) {
     uint64_t value;
     const Place place = parse_number(text, wide, value) ? symbols_.constant(value, wide)
                                                         : symbols_.find(text, wide);
-    if (place.kind != Place::kRegister) unsupported("a predicate where a register belongs");
+    require_register(place, wide);
     rows.push_back(place.arg);
   }
   return rows;
 }
 
-std::vector<uint32_t> Decoder::destinations(size_t i) {
+void Decoder::require_register(const Place& place, bool wide) const {
+  if (place.kind != Place::kRegister) unsupported("a predicate where a register belongs");
+  if (place.wide != wide) unsupported("a register of another width");
+}
+
+std::vector<uint32_t> Decoder::destinations(size_t i, bool wide) {
   std::vector<uint32_t> rows;
   for (std::string_view text : elements(i)) {
     const Place place = text == "_" ? symbols_.sink(false) : symbols_.find(text, false);
-    if (place.kind != Place::kRegister) unsupported("a predicate where a register belongs");
+    if (text != "_") require_register(place, wide);
     rows.push_back(place.arg);
   }
   return rows;
@@ -98,7 +103,7 @@ std::vector<uint32_t> Decoder::destinations(size_t i) {
 
 uint32_t Decoder::source(size_t i, bool wide) { return sources(i, wide).at(0); }
 
-uint32_t Decoder::destination(size_t i) { return destinations(i).at(0); }
+uint32_t Decoder::destination(size_t i, bool wide) { return destinations(i, wide).at(0); }
 
 uint32_t Decoder::predicate(size_t i) {
   std::string_view text = operand_text(i);
@@ -112,10 +117,11 @@ uint32_t Decoder::predicate(size_t i) {
   return place.arg ^ (negated ? 1 : 0);
 }
 
-bool Decoder::is_wide(size_t i) {
+bool Decoder::is_wide(size_t i, bool number_is_wide) {
   const std::string_view text = elements(i).at(0);
   uint64_t value;
-  return text != "_" && !parse_number(text, false, value) && symbols_.find(text, false).wide;
+  if (text == "_" || parse_number(text, false, value)) return number_is_wide;
+  return symbols_.find(text, number_is_wide).wide;
 }
 
 bool Decoder::is_predicate(size_t i) {

@@ -57,16 +57,19 @@ class Decoder {
   // Cuts "%r1|%p1" in two operands.
   void split_destination();
 
-  // Places in the register file. A number becomes a constant of `wide` or 32 bits.
+  // Places in the register file, of registers of 64 bits if `wide`, else of at most 32; of others
+  // the instruction is unsupported. A number becomes a constant.
   uint32_t source(size_t i, bool wide = false);
-  uint32_t destination(size_t i);
+  uint32_t destination(size_t i, bool wide = false);
   uint32_t predicate(size_t i);
   uint32_t constant(uint32_t value) { return symbols_.constant(value, false).arg; }
   uint32_t sink_predicate() { return symbols_.sink(true).arg; }
   // The same for each element of "{a, b}"; an operand without braces is its only element.
   std::vector<uint32_t> sources(size_t i, bool wide = false);
-  std::vector<uint32_t> destinations(size_t i);
-  bool is_wide(size_t i);  // a 64-bit register
+  std::vector<uint32_t> destinations(size_t i, bool wide = false);
+  // A 64-bit register, or a number where the type is wide. cvt, ld and st take registers that are
+  // wider than their type.
+  bool is_wide(size_t i, bool number_is_wide = false);
   bool is_predicate(size_t i);
   bool is_vector(size_t i) const;
   bool is_number(size_t i) const;
@@ -78,6 +81,7 @@ class Decoder {
 
  private:
   std::vector<std::string_view> elements(size_t i) const;
+  void require_register(const Place& place, bool wide) const;
 
   Symbols& symbols_;
   std::string_view statement_;

@@ -22,13 +22,14 @@ uint32_t who(const Accessor& by) {
   return by.clock.now() << kThreadBits | (by.clock.warp * kLanes + by.lane);
 }
 
-bool ordered(const Accessor& by, uint32_t other) {
+// `bytewise`: less than a cell is accessed, whose other byte may be another lane's.
+bool ordered(const Accessor& by, uint32_t other, bool bytewise) {
   const uint32_t thread = other & ((1 << kThreadBits) - 1), epoch = other >> kThreadBits;
   const uint32_t warp = thread / kLanes;
   if (static_cast<int>(warp) != by.clock.warp)
     return epoch <= (by.clock.known[warp] & (~0u >> kThreadBits));
   return epoch != (by.clock.now() & (~0u >> kThreadBits)) ||
-         static_cast<int>(thread % kLanes) == by.lane;
+         static_cast<int>(thread % kLanes) == by.lane || bytewise;
 }
 
 std::string thread_name(uint32_t other) {
@@ -61,7 +62,7 @@ GlobalRaces::Cell* GlobalRaces::cells(uint64_t address) {
 }
 
 void GlobalRaces::check_writer(const Accessor& by, uint32_t block, const Cell& cell,
-                               const char* what) {
+                               const char* what, bool bytewise) {
   const uint32_t writer = cell.write_block & kBlock;
   if (writer == 0) return;
   if (writer != block)
@@ -70,14 +71,14 @@ void GlobalRaces::check_writer(const Accessor& by, uint32_t block, const Cell& c
                     " of the same launch wrote; blocks may communicate only through the end of a "
                     "kernel",
                 by.lane);
-  if (!ordered(by, cell.write_who))
+  if (!ordered(by, cell.write_who, bytewise))
     throw Fault(std::string("race in global memory: ") + what + " what " +
                     thread_name(cell.write_who) + " of the same block wrote, no barrier between",
                 by.lane);
 }
 
 void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& cell,
-                                uint64_t address) {
+                                uint64_t address, bool bytewise) {
   const uint32_t reader = cell.read_block & kBlock;
   if (reader == 0) return;
   if (reader != block || (cell.read_block & kOthers) != 0)
@@ -87,10 +88,10 @@ void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& 
                     "kernel",
                 by.lane);
   uint32_t racing = cell.read_who;
-  bool race = !ordered(by, racing);
+  bool race = !ordered(by, racing, bytewise);
   if ((cell.read_block & kSeveral) != 0) {
     for (uint32_t other : readers_[address >> 1]) {
-      if (other == 0 || ordered(by, other)) continue;
+      if (other == 0 || ordered(by, other, bytewise)) continue;
       race = true;
       racing = other;
     }
@@ -109,7 +110,7 @@ void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uin
     return;
   }
   if (cell.read_who == me) return;
-  if ((cell.read_block & kSeveral) == 0 && ordered(by, cell.read_who)) {
+  if ((cell.read_block & kSeveral) == 0 && ordered(by, cell.read_who, false)) {
     cell.read_who = me;  // whoever is ordered after me is ordered after the other
     return;
   }
@@ -126,7 +127,7 @@ void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uin
 void GlobalRaces::read(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
   for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
     Cell& cell = *cells(at);
-    if (cell.write_block != 0) check_writer(by, block + 1, cell, "load of");
+    if (cell.write_block != 0) check_writer(by, block + 1, cell, "load of", bytes == 1);
     set_reader(by, block + 1, cell, at);
   }
 }
@@ -134,8 +135,8 @@ void GlobalRaces::read(const Accessor& by, uint32_t block, uint64_t address, uin
 void GlobalRaces::write(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
   for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
     Cell& cell = *cells(at);
-    check_writer(by, block + 1, cell, "store over");
-    check_readers(by, block + 1, cell, at);
+    check_writer(by, block + 1, cell, "store over", bytes == 1);
+    check_readers(by, block + 1, cell, at, bytes == 1);
     cell.write_block = block + 1;
     cell.write_who = who(by);
   }
@@ -144,8 +145,8 @@ void GlobalRaces::write(const Accessor& by, uint32_t block, uint64_t address, ui
 void GlobalRaces::atomic(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
   for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
     Cell& cell = *cells(at);
-    if ((cell.write_block & kAtomic) == 0) check_writer(by, block + 1, cell, "atomic on");
-    check_readers(by, block + 1, cell, at);
+    if ((cell.write_block & kAtomic) == 0) check_writer(by, block + 1, cell, "atomic on", false);
+    check_readers(by, block + 1, cell, at, false);
     cell.write_block = (block + 1) | kAtomic;
     cell.write_who = who(by);
   }

@@ -36,8 +36,10 @@ class GlobalRaces {
   };
 
   Cell* cells(uint64_t address);
-  void check_writer(const Accessor& by, uint32_t block, const Cell& cell, const char* what);
-  void check_readers(const Accessor& by, uint32_t block, const Cell& cell, uint64_t address);
+  void check_writer(const Accessor& by, uint32_t block, const Cell& cell, const char* what,
+                    bool bytewise);
+  void check_readers(const Accessor& by, uint32_t block, const Cell& cell, uint64_t address,
+                     bool bytewise);
   void set_reader(const Accessor& by, uint32_t block, Cell& cell, uint64_t address);
 
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;

@@ -47,8 +47,8 @@ size_t closing(std::string_view text, size_t begin, char open, char close) {
 uint64_t to_number(std::string_view text) {
   uint64_t value = 0;
   int base = 10;
-  if (starts(text, "0x")) {
-    base = 16;
+  if (text.size() > 2 && text[0] == '0' && std::strchr("xXfFdD", text[1]) != nullptr) {
+    base = 16;  // also the bits of a float, 0f3F800000
     text.remove_prefix(2);
   }
   const bool negative = starts(text, "-");

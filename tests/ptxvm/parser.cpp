@@ -175,10 +175,15 @@ class BodyParser {
 }  // namespace
 
 std::unique_ptr<Program> parse_kernel(const Module& module, const std::string& name) {
+  return parse_kernel(module, name, module.kernels.at(name));
+}
+
+std::unique_ptr<Program> parse_kernel(const Module& module, const std::string& name,
+                                      const KernelText& text) {
   auto program = std::make_unique<Program>();
   program->name = name;
   program->files = module.files;
-  BodyParser(module, module.kernels.at(name), *program).run();
+  BodyParser(module, text, *program).run();
   return program;
 }
 

@@ -41,9 +41,10 @@ struct Instruction {
   uint8_t outcomes = 0;  // of a comparison, for which it holds
   bool flush = false;    // .ftz of a comparison
   Space space = Space::kGeneric;
-  uint8_t elements = 1;           // of a vector
-  bool wide_address = true;       // 64 bits
-  bool wide_destination = false;  // 64 bits
+  uint8_t elements = 1;      // of a vector
+  bool wide_address = true;  // 64 bits, and so on:
+  bool wide_source = false;
+  bool wide_destination = false;
 };
 
 struct SourceLine {

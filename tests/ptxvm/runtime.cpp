@@ -2,6 +2,8 @@
 //
 // The CUDA runtime as far as launchers need it, on the virtual GPU. Launches and copies are done
 // when the call returns; streams and events are names only.
+#include "runtime.h"
+
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -82,17 +84,12 @@ void read_fat_binary(const void* wrapper) {
   }
 }
 
-void load_modules(Machine& machine) {
-  for (const std::string& ptx : registry().ptx) machine.load(ptx);
-  registry().ptx.clear();
-}
-
 Index3 index3(dim3 d) { return {d.x, d.y, d.z}; }
 
 cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes) {
   Machine& machine = Machine::instance();
   const std::lock_guard lock(machine.mutex);
-  load_modules(machine);
+  load_registered_modules(machine);
   const auto function = registry().functions.find(stub);
   if (function == registry().functions.end())
     return refuse(cudaErrorInvalidDeviceFunction, "launch of an unknown kernel");
@@ -141,6 +138,12 @@ struct CallConfiguration {
 thread_local std::vector<CallConfiguration> configurations;
 
 }  // namespace
+
+void load_registered_modules(Machine& machine) {
+  for (const std::string& ptx : registry().ptx) machine.load(ptx);
+  registry().ptx.clear();
+}
+
 }  // namespace ptxvm
 
 using ptxvm::Machine;
@@ -423,7 +426,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
 cudaError_t cudaGetSymbolAddress(void** pointer, const void* shadow) {
   Machine& machine = Machine::instance();
   const std::lock_guard lock(machine.mutex);
-  ptxvm::load_modules(machine);
+  ptxvm::load_registered_modules(machine);
   const auto name = registry().variables.find(shadow);
   std::vector<uint8_t>* memory =
       name == registry().variables.end() ? nullptr : machine.variable(name->second);

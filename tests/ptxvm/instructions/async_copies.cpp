@@ -57,6 +57,7 @@ bool copy(Decoder& d) {
   d.instruction.wide_destination = d.instruction.wide_address;
   d.instruction.arg[3] = static_cast<uint32_t>(d.instruction.displacement);
   d.address(1, 1);
+  if (!d.instruction.wide_address) return false;
   d.instruction.arg[2] = operands > 3 ? d.source(3) : d.constant(static_cast<uint32_t>(bytes));
   d.instruction.immediate = static_cast<int32_t>(bytes);
   d.instruction.run = run_copy;

@@ -41,7 +41,7 @@ bool atomic(Decoder& d, F) {
   if (d.has("global")) d.instruction.space = Space::kGlobal;
   for (std::string_view word : d.words())
     if (word.starts_with("shared")) d.instruction.space = Space::kShared;
-  d.instruction.arg[0] = returns ? d.destination(0) : 0;
+  d.instruction.arg[0] = returns ? d.destination(0, kWide) : 0;
   d.address(first, 1);
   d.instruction.arg[2] = d.source(first + 1, kWide);
   d.instruction.arg[3] = d.has("cas") ? d.source(first + 2, kWide) : d.instruction.arg[2];

@@ -89,7 +89,7 @@ Flow run_shift(Warp& warp, const Instruction& in, LaneMask lanes) {
 
 template <typename T, typename F>
 bool shift(Decoder& d, F) {
-  d.instruction.arg = {d.destination(0), d.source(1, sizeof(T) == 8), d.source(2)};
+  d.instruction.arg = {d.destination(0, sizeof(T) == 8), d.source(1, sizeof(T) == 8), d.source(2)};
   d.instruction.run = run_shift<T, F>;
   return true;
 }
@@ -177,7 +177,8 @@ bool bfe(Decoder& d) {
   return with_integer(d.type(), [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) < 4) return false;
-    d.instruction.arg = {d.destination(0), d.source(1, sizeof(T) == 8), d.source(2), d.source(3)};
+    d.instruction.arg = {d.destination(0, sizeof(T) == 8), d.source(1, sizeof(T) == 8), d.source(2),
+                         d.source(3)};
     d.instruction.run = run_bfe<T>;
     return true;
   });
@@ -205,8 +206,8 @@ bool bfi(Decoder& d) {
     using T = decltype(zero);
     constexpr bool kWide = sizeof(T) == 8;
     if constexpr (sizeof(T) < 4) return false;
-    d.instruction.arg = {d.destination(0), d.source(1, kWide), d.source(2, kWide), d.source(3),
-                         d.source(4)};
+    d.instruction.arg = {d.destination(0, kWide), d.source(1, kWide), d.source(2, kWide),
+                         d.source(3), d.source(4)};
     d.instruction.run = run_bfi<T>;
     return true;
   });

@@ -160,7 +160,8 @@ bool slct(Decoder& d) {
   return with_bits(d.type(1), [&](auto zero) {
     using T = decltype(zero);
     constexpr bool kWide = sizeof(T) == 8;
-    d.instruction.arg = {d.destination(0), d.source(1, kWide), d.source(2, kWide), d.source(3)};
+    d.instruction.arg = {d.destination(0, kWide), d.source(1, kWide), d.source(2, kWide),
+                         d.source(3)};
     d.instruction.immediate = by.kind == Kind::kFloat;
     d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
       const Row<T> a = warp.load<T>(in.arg[1]), b = warp.load<T>(in.arg[2]);

@@ -31,7 +31,7 @@ bool nothing(Decoder& d) {
 }
 
 bool createpolicy(Decoder& d) {
-  d.instruction.arg = {d.destination(0)};
+  d.instruction.arg = {d.destination(0, true)};
   d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
     warp.store(in.arg[0], lanes, Lanes<uint64_t>{});
     return Flow::kNext;

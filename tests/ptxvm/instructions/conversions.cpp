@@ -82,19 +82,39 @@ To to_floating(From x, int32_t flags) {
 }
 
 template <typename To, typename From>
+To convert(From x, int32_t flags) {
+  if constexpr (kIsInteger<To> && kIsInteger<From>)
+    return integer_to_integer<To>(x, flags);
+  else if constexpr (kIsInteger<To>)
+    return clamp_to<To>(round_to_integer(to_double(x), flags & kRoundingBits));
+  else
+    return to_floating<To>(x, flags);
+}
+
+template <typename To, typename From>
 Flow run_convert(Warp& warp, const Instruction& in, LaneMask lanes) {
   const Row<From> from = warp.load<From>(in.arg[1]);
-  const int32_t flags = in.immediate;
   Lanes<To> to;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if constexpr (kIsInteger<To> && kIsInteger<From>)
-      to[lane] = integer_to_integer<To>(from[lane], flags);
-    else if constexpr (kIsInteger<To>)
-      to[lane] = clamp_to<To>(round_to_integer(to_double(from[lane]), flags & kRoundingBits));
-    else
-      to[lane] = to_floating<To>(from[lane], flags);
-  }
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = convert<To>(from[lane], in.immediate);
   warp.store(in.arg[0], lanes, to);
+  return Flow::kNext;
+}
+
+// Registers of 64 bits for types of fewer: the low bits count; results are extended.
+template <typename To, typename From>
+Flow run_convert_wide(Warp& warp, const Instruction& in, LaneMask lanes) {
+  for_lanes(lanes, [&](int lane) {
+    const uint64_t source = warp.lane_value(in.arg[1], lane, in.wide_source);
+    From from;
+    std::memcpy(&from, &source, sizeof from);
+    const To to = convert<To>(from, in.immediate);
+    uint64_t result = 0;
+    if constexpr (kIsInteger<To>)
+      result = static_cast<uint64_t>(to);
+    else
+      std::memcpy(&result, &to, sizeof to);
+    warp.set_lane_value(in.arg[0], lane, in.wide_destination, result);
+  });
   return Flow::kNext;
 }
 
@@ -158,8 +178,13 @@ bool cvt(Decoder& d) {
   if (d.operand_count() != 2 || from.packed) return false;
   return with_type(to, [&](auto t) {
     return with_type(from, [&](auto f) {
-      d.instruction.arg = {d.destination(0), d.source(1, sizeof f == 8)};
-      d.instruction.run = run_convert<decltype(t), decltype(f)>;
+      const bool to_wide = d.is_wide(0, sizeof t == 8), from_wide = d.is_wide(1, sizeof f == 8);
+      d.instruction.wide_destination = to_wide;
+      d.instruction.wide_source = from_wide;
+      d.instruction.arg = {d.destination(0, to_wide), d.source(1, from_wide)};
+      const bool as_typed = to_wide == (sizeof t == 8) && from_wide == (sizeof f == 8);
+      d.instruction.run = as_typed ? run_convert<decltype(t), decltype(f)>
+                                   : run_convert_wide<decltype(t), decltype(f)>;
       return true;
     });
   });

@@ -49,22 +49,23 @@ Flow run_ternary(Warp& warp, const Instruction& in, LaneMask lanes) {
 // operands are 64-bit registers or constants where T is.
 template <typename T, typename R = T, typename F>
 bool unary(Decoder& d, F) {
-  d.instruction.arg = {d.destination(0), d.source(1, sizeof(T) == 8)};
+  d.instruction.arg = {d.destination(0, sizeof(R) == 8), d.source(1, sizeof(T) == 8)};
   d.instruction.run = run_unary<T, R, F>;
   return true;
 }
 
 template <typename T, typename R = T, typename F>
 bool binary(Decoder& d, F) {
-  d.instruction.arg = {d.destination(0), d.source(1, sizeof(T) == 8), d.source(2, sizeof(T) == 8)};
+  d.instruction.arg = {d.destination(0, sizeof(R) == 8), d.source(1, sizeof(T) == 8),
+                       d.source(2, sizeof(T) == 8)};
   d.instruction.run = run_binary<T, R, F>;
   return true;
 }
 
 template <typename T, typename R = T, typename F>
 bool ternary(Decoder& d, F) {
-  d.instruction.arg = {d.destination(0), d.source(1, sizeof(T) == 8), d.source(2, sizeof(T) == 8),
-                       d.source(3, sizeof(R) == 8)};
+  d.instruction.arg = {d.destination(0, sizeof(R) == 8), d.source(1, sizeof(T) == 8),
+                       d.source(2, sizeof(T) == 8), d.source(3, sizeof(R) == 8)};
   d.instruction.run = run_ternary<T, R, F>;
   return true;
 }

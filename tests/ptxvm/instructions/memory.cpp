@@ -45,7 +45,7 @@ Flow run_store(Warp& warp, const Instruction& in, LaneMask lanes) {
   for_lanes(lanes, [&](int lane) {
     uint8_t* to = access_memory(warp, in.space, address[lane], bytes, lane, Use::kWrite);
     for (int i = 0; i < in.elements; ++i) {
-      const uint64_t value = warp.lane_value(in.arg[1 + i], lane, sizeof(T) == 8);
+      const uint64_t value = warp.lane_value(in.arg[1 + i], lane, in.wide_source);
       std::memcpy(to + i * sizeof(T), &value, sizeof(T));
     }
   });
@@ -64,11 +64,11 @@ bool valid_vector(size_t elements, Type type) {
 }
 
 bool ld(Decoder& d) {
-  const std::vector<uint32_t> destinations = d.destinations(0);
+  d.instruction.wide_destination = d.is_wide(0, d.type().bits == 64);
+  const std::vector<uint32_t> destinations = d.destinations(0, d.instruction.wide_destination);
   if (!valid_vector(destinations.size(), d.type())) return false;
   std::copy(destinations.begin(), destinations.end(), d.instruction.arg.begin());
   d.instruction.elements = static_cast<uint8_t>(destinations.size());
-  d.instruction.wide_destination = d.is_wide(0);
   d.instruction.space = space_of(d);
   d.address(1, destinations.size());
   return with_integer(as_integer(d.type()), [&](auto zero) {
@@ -78,7 +78,8 @@ bool ld(Decoder& d) {
 }
 
 bool st(Decoder& d) {
-  const std::vector<uint32_t> sources = d.sources(1, d.type().bits == 64);
+  d.instruction.wide_source = d.is_wide(1, d.type().bits == 64);
+  const std::vector<uint32_t> sources = d.sources(1, d.instruction.wide_source);
   if (!valid_vector(sources.size(), d.type())) return false;
   std::copy(sources.begin(), sources.end(), d.instruction.arg.begin() + 1);
   d.instruction.elements = static_cast<uint8_t>(sources.size());

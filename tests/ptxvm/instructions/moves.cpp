@@ -38,7 +38,7 @@ bool mov_vector(Decoder& d) {
   if (elements.size() != 2 && elements.size() != 4) return false;
   d.instruction.elements = static_cast<uint8_t>(elements.size());
   for (size_t i = 0; i < elements.size(); ++i) d.instruction.arg[i] = elements[i];
-  d.instruction.arg[elements.size()] = unpack ? d.source(1, wide) : d.destination(0);
+  d.instruction.arg[elements.size()] = unpack ? d.source(1, wide) : d.destination(0, wide);
   if (unpack)
     d.instruction.run = wide ? run_unpack<true> : run_unpack<false>;
   else
@@ -74,7 +74,8 @@ Flow run_selp(Warp& warp, const Instruction& in, LaneMask lanes) {
 
 bool selp(Decoder& d) {
   const bool wide = d.type().bits == 64;
-  d.instruction.arg = {d.destination(0), d.source(1, wide), d.source(2, wide), d.predicate(3)};
+  d.instruction.arg = {d.destination(0, wide), d.source(1, wide), d.source(2, wide),
+                       d.predicate(3)};
   d.instruction.run = wide ? run_selp<uint64_t> : run_selp<uint32_t>;
   return true;
 }
@@ -92,7 +93,7 @@ bool cvta(Decoder& d) {
   if (d.type().bits != 64) return false;
   const uint64_t window = window_of(d);
   d.instruction.displacement = static_cast<int64_t>(d.has("to") ? -window : window);
-  d.instruction.arg = {d.destination(0), d.source(1, true)};
+  d.instruction.arg = {d.destination(0, true), d.source(1, true)};
   d.instruction.run = [](Warp& warp, const Instruction& in, LaneMask lanes) {
     const Row<uint64_t> a = warp.load<uint64_t>(in.arg[1]);
     Lanes<uint64_t> result;

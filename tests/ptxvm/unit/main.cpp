@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// unit: lists the cases.  unit SEED...: runs them all with each seed, a line per case.
+#include <cstdlib>
+#include <iostream>
+
+#include "../vm.h"
+#include "cases.h"
+
+namespace unit {
+
+std::vector<Case>& cases() {
+  static std::vector<Case> list;
+  return list;
+}
+
+// "" if all is well.
+std::string verdict(const Case& unit_case) {
+  ptxvm::clear_error();
+  cudaGetLastError();
+  try {
+    unit_case.run();
+  } catch (const std::exception& problem) {
+    const std::string what = problem.what();
+    if (unit_case.fault.empty()) return what + "; " + ptxvm::last_error();
+    if (unit_case.fault == kWrongValues) return what.find("expected") != what.npos ? "" : what;
+  }
+  const std::string error = ptxvm::last_error();
+  if (unit_case.fault.empty()) return error;
+  if (error.empty()) return "nothing was reported, expected: " + unit_case.fault;
+  if (error.find(unit_case.fault) == error.npos) return "reported something else: " + error;
+  if (error.starts_with("launch of ")) return "";  // refused: there is no place to name
+  for (const char* part : {"kernel ", ".cu:", "block (", "warp "})
+    if (error.find(part) == error.npos)
+      return "the report lacks '" + std::string(part) + "': " + error;
+  return "";
+}
+
+}  // namespace unit
+
+int main(int count, char** arguments) {
+  int failures = 0;
+  for (const unit::Case& unit_case : unit::cases()) {
+    if (count == 1) {
+      std::cout << unit_case.name << '\t' << unit_case.fault << '\n';
+      continue;
+    }
+    std::string problem;
+    for (int i = 1; i < count && problem.empty(); ++i) {
+      ptxvm::set_seed(std::strtoull(arguments[i], nullptr, 10));
+      problem = unit::verdict(unit_case);
+      if (!problem.empty()) problem = "seed " + std::string(arguments[i]) + ": " + problem;
+    }
+    for (char& c : problem)
+      if (c == '\n') c = ' ';
+    std::cout << unit_case.name << '\t' << (problem.empty() ? "ok" : problem) << '\n';
+    failures += !problem.empty();
+  }
+  return failures != 0;
+}
