@@ -79,7 +79,7 @@ def break_even(shapes: Shapes, machine: Machine, causal: bool = False) -> tuple[
     A fold takes 4 c^2 H D / F seconds (2.5 times that backward), a hop's message 2 c G D elements
     over W: K/V forward, K/V and fp32 gradients backward; so in 16 bits c >= (G/H) F/W forward and
     1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens. (The
-    last gradients of a backward have half an own block to hide behind: 1.6 (G/H) F/W.)
+    first K/V and the last gradients of a backward share the own block as they share the bytes.)
 
     Example:
         >>> machine = Machine("H100", "400G")
@@ -106,6 +106,14 @@ class Costs:
     def held_rows(self) -> dict[int, int]:
         """Rows of every block that the rank holds at some time, by origin."""
         return self.plan.held_rows
+
+    @cached_property
+    def last_part(self) -> float:
+        """The share of the own block's pairs that the backward folds last; see Plan.own_split."""
+        first, last = self.plan.backward_steps[0], self.plan.backward_steps[-1]
+        kv = self.shapes.kv_bytes(max(first.rows, sum(t.num_rows for t in first.recvs)))
+        grad = self.shapes.grad_bytes(max(last.grad_rows, sum(t.num_rows for t in last.grad_recvs)))
+        return grad / (kv + grad) if grad else 0.0
 
     def fold_s(self, step: Step, own_part: float = 0.0) -> float:
         """Seconds of the kernel calls of a step, without `own_part` of its pairs."""

@@ -55,9 +55,9 @@ def stages(costs: Costs) -> list[Stage]:
         stage = Stage(step.number, following)
         _post(stage, costs, step, previous if costs.backward else None)
         later = 0.0
-        if costs.backward and plan.rank in step.folds:  # half of the own block is folded last
+        if costs.backward and plan.rank in step.folds:  # a part of the own block is folded last
             own_pairs = step.flops / len(step.folds)
-            later = own_pairs / 2
+            later = own_pairs * costs.last_part
         stage.fold_s += costs.fold_s(step, later)
         out.append(stage)
         previous = step
@@ -66,7 +66,7 @@ def stages(costs: Costs) -> list[Stage]:
         _post(stage, costs, None, previous)
         if own_pairs:
             first = next(step for step in plan.steps if plan.rank in step.folds)
-            stage.fold_s += costs.fold_s(first, first.flops - own_pairs / 2)
+            stage.fold_s += costs.fold_s(first, first.flops - own_pairs * costs.last_part)
         out.append(stage)
     return out
 

@@ -135,15 +135,13 @@ def test_break_even_in_closed_form() -> None:
 def test_the_simulation_breaks_even_there(world_size: int) -> None:
     """Shards of the break-even length: no waiting above, as much as the formula says below."""
     m, shapes = machine(Link("link", 1e9)), Shapes(8, 8, 16)  # break-even at 1000 and 1200 tokens
-    for tokens in (900, 1001, 1210, 1610):
+    for tokens in (900, 1001, 1190, 1210):
         layout = ra.Contiguous(tokens * world_size, world_size)
         p = predict(ra.Full(), layout, shapes, m, generator="direct")
         forward, backward = (max(t.wait_s for t in phase) for phase in (p.forward, p.backward))
-        # The last gradients have half an own block to hide behind: enough from 1600 tokens on.
-        last_s = 8 * tokens * 8 * 16 / 1e9 - 5 * tokens**2 * 8 * 16 / 1e12
         assert (forward > 1e-12) == (tokens < 1000)
-        assert backward == pytest.approx(max(last_s, 0), abs=1e-12) or tokens < 1200
-        assert backward > last_s + 1e-12 or tokens >= 1200
+        # The first K/V and the last gradients hide behind their parts of the own block.
+        assert (backward > 1e-12) == (tokens < 1200)
     layout = ra.Contiguous(500 * world_size, world_size)
     p = predict(ra.Full(), layout, shapes, m, generator="direct", backward=False)
     fold_s, hop_s = 4 * 500**2 * 16 * 8 / 1e12, 2 * 500 * 8 * 16 * 2 / 1e9
