@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kSinkThreads)
   // A sink of -inf is none; a row that saw nothing then has lse = -inf and no gradient.
   for (int64_t i = threadIdx.x; sink != -kInfinity && i < batch * q_len; i += kSinkThreads) {
     const int64_t at = (i / q_len * heads + head) * q_len + i % q_len;
-    sum -= expf(sink - lse[at]) * delta[at];
+    sum -= exp2_approx((sink - lse[at]) * kLog2e) * delta[at];
   }
   sums[threadIdx.x] = sum;
   for (int half = kSinkThreads / 2; half > 0; half /= 2) {
