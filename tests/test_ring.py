@@ -30,7 +30,9 @@ LAYOUTS = {
     "contiguous": Contiguous,
     "zigzag": Zigzag,
     "striped": Striped,
-    "documents": lambda length, size: DocumentBalanced([0, 5, 6, 41, length], size),
+    "documents": lambda length, size: DocumentBalanced(
+        [*(at for at in (0, 5, 6, 41) if at < length or at == 0), length], size
+    ),
     "striped5": lambda length, size: Striped(length, size, block=5),
 }
 MASKS: dict[str, Mask] = {
