@@ -134,8 +134,9 @@ def check(
         got, again = by_kernels(case, inputs), by_kernels(case, inputs)
         same = same and all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
         for what, a, b, c in zip(NAMES, got, plain, exact, strict=False):
-            # 16-bit kernels' lse is float32, with an exp2 that is good to 2^-13.
-            low = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 4 * 2**-23
+            # 16-bit kernels' lse is float32, with an exp2 that is good to 2^-13. In float32 the
+            # rounding of lse is an error of a whole row of P, and lse is near 8 here.
+            low = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 8 * 2**-23
             floor = 2**-13 if what == "lse" and dtype != torch.float32 else low
             if what == "dsinks":
                 floor = low * sink_terms(inputs, exact)
