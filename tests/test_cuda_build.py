@@ -79,6 +79,7 @@ def lines(found: Report) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def test_every_kernel_is_within_its_budget(built: Report) -> None:
+    assert BUDGET.exists(), "no budget is written down yet: python tests/test_cuda_build.py"
     budget = json.loads(BUDGET.read_text())
     now = lines(built)
     assert sorted(now) == sorted(budget), "kernels came or went: python tests/test_cuda_build.py"
