@@ -9,7 +9,8 @@ from functools import cached_property
 
 from .figures import Machine
 from .mask_algebra import at_least, refuse
-from .plan import Plan, Step, Transfer
+from .plan import Plan
+from .steps import Step, Transfer
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import ops, trace
 from .messages import Blocks, Messages, Rows, Sums
-from .plan import Plan, Step, last_due
+from .plan import Plan
 from .ring import Transport
+from .steps import Step, last_due
 
 
 def _numbered(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:

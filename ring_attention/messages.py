@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import ops, trace
 from .buffers import BufferPool, Lease
-from .plan import Step, Transfer
 from .ring import TRAVELLERS, Message, Pending, Transport
+from .steps import Step, Transfer
 
 # Striped shards of packed documents send thousands of short ranges: more than these go by index.
 FEW_RANGES = 16

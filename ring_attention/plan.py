@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import threading
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,12 +22,13 @@ import torch
 from torch import Tensor
 
 from . import _planner
-from .device_copy import DeviceCopy
+from .interval_cache import IntervalCache, clipped
 from .layout import Layout
 from .mask_algebra import Mask, at_least, refuse
 from .merged import Merged
 from .registry import register
 from .ring import degrees_of
+from .steps import Step, last_due, step_of
 
 if TYPE_CHECKING:
     from .costs import Shapes
@@ -37,175 +36,7 @@ if TYPE_CHECKING:
     from .predict import Prediction
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
-# Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
-INTERVAL_CACHE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One message of K/V rows (or of their gradients).
-
-    Attributes:
-        peer: the rank in the group that it goes to or comes from.
-        origin: the rank that owns the rows.
-        hop: its place in the order in which all ranks post: K/V of hop t, then gradients of
-            hop t - 1, then K/V of hop t + 1.
-        due: the hop after which it is complete: its own (the next one, of gradients), or a later
-            one if a slow link has several folds to hide behind.
-        ranges: which rows, as the planner keeps them; see Step for what they count from.
-    """
-
-    peer: int
-    origin: int
-    hop: int
-    due: int
-    ranges: _planner.Ranges = field(repr=False, compare=False)
-    _index: dict[torch.device, DeviceCopy] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    @property
-    def rows(self) -> tuple[tuple[int, int], ...]:
-        """The rows as ascending (begin, end) ranges; never empty."""
-        return self.ranges.tuples()
-
-    def index(self, device: torch.device | None = None) -> Tensor:
-        """The rows one by one, int64 [num_rows]: quicker than thousands of ranges.
-
-        On the CPU, or kept for the next call on another device.
-        """
-        on_cpu = device is None or device.type == "cpu"
-        if not on_cpu and device in self._index:
-            return self._index[device].get()
-        index = torch.empty(self.num_rows, dtype=torch.int64)
-        self.ranges.fill(index.data_ptr())
-        if on_cpu:
-            return index
-        assert device is not None
-        return self._index.setdefault(device, DeviceCopy(index, device)).get()
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows travel."""
-        return self.ranges.rows
-
-    @property
-    def num_ranges(self) -> int:
-        """How many stretches they form: ``len(rows)``, without making them."""
-        return len(self.ranges)
-
-    def __repr__(self) -> str:
-        return f"Transfer(peer={self.peer}, origin={self.origin}, {self.num_rows} rows)"
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a rank does between two waits.
-
-    Attributes:
-        number: the hop at which it folds; ascending, with gaps where nothing is to be done.
-        folds: origins whose blocks are folded; the own block is in the first step, if at all.
-        sends: K/V posted before the folds; rows count from the block as this rank holds it.
-        recvs: K/V posted before the folds, used in steps after the hop at which they are due; rows
-            count from the origin's shard, and the block as held is those rows, concatenated.
-        grad_sends: in backward, what has been summed of the dK/dV of blocks up to this step, posted
-            after it: to their owner, or to a rank that sums first; only rows touched, counted from
-            the block as held.
-        grad_recvs: contributions to the dK/dV of the own shard, or of a block whose gradients this
-            rank sums, posted at the same place; rows count from that block as held.
-        release: received blocks that are dead after this step (never the own one).
-        flops: visible query-key pairs of the folds, per head: 4 head_dim flops each in forward.
-    """
-
-    number: int
-    folds: tuple[int, ...]
-    sends: tuple[Transfer, ...]
-    recvs: tuple[Transfer, ...]
-    grad_sends: tuple[Transfer, ...]
-    grad_recvs: tuple[Transfer, ...]
-    release: tuple[int, ...]
-    flops: int
-
-    @property
-    def rows(self) -> int:
-        """K/V rows sent in this step."""
-        return sum(t.num_rows for t in self.sends)
-
-    @property
-    def grad_rows(self) -> int:
-        """dK/dV rows sent in this step of backward."""
-        return sum(t.num_rows for t in self.grad_sends)
-
-
-def _step(step: _planner.Step) -> Step:
-    def transfers(listed: list[_planner.Transfer]) -> tuple[Transfer, ...]:
-        return tuple(Transfer(t.peer, t.origin, t.hop, t.due, t.ranges) for t in listed)
-
-    return Step(
-        number=step.number,
-        folds=tuple(step.folds),
-        sends=transfers(step.sends),
-        recvs=transfers(step.recvs),
-        grad_sends=transfers(step.grad_sends),
-        grad_recvs=transfers(step.grad_recvs),
-        release=tuple(step.release),
-        flops=step.flops,
-    )
-
-
 _CPU = torch.device("cpu")
-# An origin, a device, a range of keys.
-_Key = tuple[int, torch.device, tuple[int, int] | None]
-
-
-@dataclass(frozen=True)
-class _Cached:
-    copy: DeviceCopy
-    begin: Tensor  # views of the copy
-    end: Tensor
-
-
-def last_due(steps: Sequence[Step]) -> int:
-    """The hop after which nothing of these steps is under way any more."""
-    transfers = [t for s in steps for t in (*s.sends, *s.recvs, *s.grad_sends, *s.grad_recvs)]
-    return max([steps[-1].number, *(t.due for t in transfers)])
-
-
-def _clipped(both: Tensor, keys: tuple[int, int] | None) -> Tensor:
-    """Begins and ends, in place, as far as they lie in a range of keys."""
-    if keys is not None:
-        both[0].clamp_(min=keys[0])
-        both[1].clamp_(max=keys[1])
-    return both
-
-
-class _Cache:
-    """Intervals, least recently used first out; shared by the threads of a process."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kept: OrderedDict[_Key, _Cached] = OrderedDict()
-
-    def get(self, key: _Key) -> tuple[Tensor, Tensor] | None:
-        with self.lock:
-            if key not in self.kept:
-                return None
-            self.kept.move_to_end(key)
-            cached = self.kept[key]
-            cached.copy.get()
-            return cached.begin, cached.end
-
-    def put(self, key: _Key, both: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        copy = DeviceCopy(both, key[1])
-        begin, end = copy.get().expand(*both.shape[:3], rows)
-        with self.lock:
-            self.kept[key] = _Cached(copy, begin, end)
-            while len(self.kept) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
-                self.kept.popitem(last=False)
-        return begin, end
-
-    def nbytes(self) -> int:
-        return sum(cached.copy.nbytes for cached in self.kept.values())
 
 
 @dataclass(frozen=True)
@@ -242,8 +73,8 @@ class Plan:
     ulysses: int = 1
     ring: Plan | None = field(default=None, repr=False, compare=False)
     prediction: Prediction | None = field(default=None, repr=False, compare=False)
-    _cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
-    _query_cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _cache: IntervalCache = field(default_factory=IntervalCache, repr=False, compare=False)
+    _query_cache: IntervalCache = field(default_factory=IntervalCache, repr=False, compare=False)
     _splits: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def intervals(
@@ -275,7 +106,7 @@ class Plan:
         if origin not in self._held:
             refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
         both = self._intervals(self.rank, origin, self._held[origin])
-        return self._cache.put(key, _clipped(both, keys), self.q_layout.sizes[self.rank])
+        return self._cache.put(key, clipped(both, keys), self.q_layout.sizes[self.rank])
 
     def query_intervals(
         self,
@@ -304,7 +135,7 @@ class Plan:
             index = torch.empty(held.rows, dtype=torch.int64)
             held.fill(index.data_ptr())
             both = both.index_select(3, index)
-        return self._query_cache.put(key, _clipped(both, keys), held.rows)
+        return self._query_cache.put(key, clipped(both, keys), held.rows)
 
     def _intervals(self, reader: int, origin: int, held: _planner.Ranges) -> Tensor:
         """What all queries of a rank see of the rows held of a block of keys.
@@ -631,9 +462,14 @@ def plan(
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
-    if shapes is not None or machine is not None:
+    degrees = degrees_of(group)
+    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
+    ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
+    if like is not None and traveller != "auto":
+        refuse("plan", 'like only with traveller="auto"', repr(traveller), "leave it out")
+    if shapes is not None or machine is not None or memory_bytes is not None:
         other = {
-            "ulysses": ulysses,
+            "ulysses": None if ulysses == 1 else ulysses,
             "traveller": None if traveller == "kv" else traveller,
             "k_layout": None if k_layout == q_layout else k_layout,
         }
@@ -645,9 +481,6 @@ def plan(
         return _predicted(
             mask, q_layout, me, generator, resident, ranks_per_node, shapes, machine, memory_bytes
         )
-    degrees = degrees_of(group)
-    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
-    ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
     if ulysses != 1:
         ring = plan(
             mask,
@@ -680,7 +513,7 @@ def plan(
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
     made = {
         what: tuple(
-            _step(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
+            step_of(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
         )
         for what in set(both)
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .costs import Costs
-from .plan import Step, Transfer, last_due
+from .steps import Step, Transfer, last_due
 
 # What both sides of a message know it by: gradient, hop, origin, sender, receiver.
 Key = tuple[bool, int, int, int, int]

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ring_attention import interval_cache
 from ring_attention.layout import LAYOUTS, Contiguous, Layout, Striped, Zigzag
 from ring_attention.mask import (
     MASKS,
@@ -34,7 +35,8 @@ from ring_attention.mask import (
     Mask,
     Window,
 )
-from ring_attention.plan import GENERATORS, Plan, Step, Transfer, last_due, plan
+from ring_attention.plan import GENERATORS, Plan, plan
+from ring_attention.steps import Step, Transfer, last_due
 from strategies import layouts, masks
 
 # The package's attribute of this name is the function.
@@ -560,7 +562,7 @@ def test_interval_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     one = p.intervals(0)
     assert p.intervals(0)[0] is one[0]
     each = one[0].untyped_storage().nbytes()  # of begin and end
-    monkeypatch.setattr(plan_module, "INTERVAL_CACHE_BYTES", 3 * each)
+    monkeypatch.setattr(interval_cache, "INTERVAL_CACHE_BYTES", 3 * each)
     for origin in range(8):
         p.intervals(origin)
     assert [origin for origin, _, _ in p._cache.kept] == [5, 6, 7]
@@ -645,6 +647,14 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, resident=0), "resident"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="v"), "a traveller of .*got \"?'v'"),
     (lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="auto"), "expected like with"),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, memory_bytes=1e9),
+        "both shapes and machine",
+    ),
+    (
+        lambda: plan(Causal(), Zigzag(8, 2), rank=0, like=(torch.ones(1, 2, 8, 16),) * 3),
+        'expected like only with traveller="auto"',
+    ),
     (
         lambda: plan(Causal(), Zigzag(8, 2), rank=0, traveller="q", generator="chain"),
         'expected traveller "kv" with chain',

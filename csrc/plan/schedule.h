@@ -31,7 +31,7 @@
 
 namespace ring_attention::plan {
 
-// See ring_attention/plan.py for the meaning of every field: these are its Transfer and Step.
+// See ring_attention/steps.py for the meaning of every field: these are its Transfer and Step.
 struct Transfer {
   int64_t peer = 0, origin = 0, hop = 0, due = 0;
   Ranges rows;

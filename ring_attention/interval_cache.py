@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Key intervals, as the kernels take them, kept from call to call and moved to a device once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .device_copy import DeviceCopy
+
+# Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
+INTERVAL_CACHE_BYTES = 64 << 20
+# An origin, a device, a range of keys.
+Key = tuple[int, torch.device, tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class Cached:
+    copy: DeviceCopy
+    begin: Tensor  # views of the copy
+    end: Tensor
+
+
+def clipped(both: Tensor, keys: tuple[int, int] | None) -> Tensor:
+    """Begins and ends, in place, as far as they lie in a range of keys."""
+    if keys is not None:
+        both[0].clamp_(min=keys[0])
+        both[1].clamp_(max=keys[1])
+    return both
+
+
+class IntervalCache:
+    """Intervals, least recently used first out; shared by the threads of a process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[Key, Cached] = OrderedDict()
+
+    def get(self, key: Key) -> tuple[Tensor, Tensor] | None:
+        with self.lock:
+            if key not in self.kept:
+                return None
+            self.kept.move_to_end(key)
+            cached = self.kept[key]
+            cached.copy.get()
+            return cached.begin, cached.end
+
+    def put(self, key: Key, both: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        copy = DeviceCopy(both, key[1])
+        begin, end = copy.get().expand(*both.shape[:3], rows)
+        with self.lock:
+            self.kept[key] = Cached(copy, begin, end)
+            while len(self.kept) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
+                self.kept.popitem(last=False)
+        return begin, end
+
+    def nbytes(self) -> int:
+        return sum(cached.copy.nbytes for cached in self.kept.values())
