@@ -11,7 +11,7 @@
 //     O += P V
 //   write the state, or out = O / l and lse
 //
-// Memory: Q, O, and S of one key block; none grows with the sequence.
+// Memory: Q, O, and S and P V of one key block; none grows with the sequence.
 #pragma once
 
 #include "key_parts.h"
@@ -62,6 +62,7 @@ class FewRows {
   void take(Scratch& scratch) {
     scratch.array(q_, rows_ * width_);
     scratch.array(acc_, rows_ * v_width_);
+    scratch.array(block_acc_, rows_ * v_width_);
     scratch.array(scores_, rows_ * kKeyBlock);
     scratch.array(k_copy_, kKeyBlock * width_);
     scratch.array(v_copy_, kKeyBlock * v_width_);
@@ -267,10 +268,12 @@ class FewRows {
     m_[r] = most;
   }
 
-  // O += P V, a few keys at a time: memory is read in order, row by row.
+  // O += P V, a few keys at a time: memory is read in order, row by row. The sums of the key block
+  // are added to O at its end, so that the error does not grow with the number of steps.
   template <typename Row>
   void add(const Row* const* values) {
     constexpr int kVecs = kLanes == 16 ? 4 : 2;  // registers
+    std::memset(block_acc_, 0, rows_ * v_width_ * sizeof *block_acc_);
     for (int64_t j = begin_; j < end_; j += kKeyGroup) {
       const int64_t end = std::min(j + kKeyGroup, end_);
       for (int64_t i = j; i < end; ++i) fetch(values[i], v_width_);
@@ -281,6 +284,9 @@ class FewRows {
         }
         for (; d < v_width_; d += kLanes) add_rows<kRows, 1>(r, d, j, end, values);
       });
+    }
+    for (int64_t i = 0; i < rows_ * v_width_; i += kLanes) {
+      (V::load(acc_ + i) + V::load(block_acc_ + i)).store(acc_ + i);
     }
   }
 
@@ -306,7 +312,7 @@ class FewRows {
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      State* acc = acc_ + (first + r) * v_width_ + d;
+      State* acc = block_acc_ + (first + r) * v_width_ + d;
       for (int v = 0; v < kVecs; ++v) {
         (V::load(acc + v * kLanes) + sum[r][v]).store(acc + v * kLanes);
       }
@@ -379,10 +385,11 @@ class FewRows {
   int64_t begin_, end_;            // of the key block in hand: what some row sees
   int64_t ahead_;                  // bytes, see bytes_ahead()
   State m_[kMostRows], l_[kMostRows];
-  State* q_;       // [rows][width]
-  State* acc_;     // O [rows][v_width]
-  State* scores_;  // S, then P [rows][key block]
-  State* k_copy_;  // where rows cannot be used as they lie
+  State* q_;          // [rows][width]
+  State* acc_;        // O [rows][v_width]
+  State* block_acc_;  // what the key block in hand adds to it
+  State* scores_;     // S, then P [rows][key block]
+  State* k_copy_;     // where rows cannot be used as they lie
   State* v_copy_;
   Scratch scratch_;  // owns these
 };
