@@ -45,7 +45,7 @@ def forward(
 
     def fold(origins: Sequence[int], first: bool, last: bool) -> None:
         intervals = [plan.intervals(origin, q.device) for origin in origins]
-        ops.block_forward_(
+        ops.fold_(
             q,
             [blocks[origin].tensors[0] for origin in origins],
             [blocks[origin].tensors[1] for origin in origins],
@@ -161,7 +161,7 @@ def backward(
     def fold(origins: Sequence[int], keys: Keys) -> None:
         intervals = [plan.intervals(origin, q.device, keys) for origin in origins]
         into = [sums.of(origin, blocks[origin].rows).tensors for origin in origins]
-        ops.block_backward_(
+        ops.fold_backward_(
             q,
             dout,
             lse,

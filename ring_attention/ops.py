@@ -53,6 +53,12 @@ if torch.version.cuda is not None and _load("_C_cuda"):
     checks.DEVICES.append("cuda")
 _ops = torch.ops.ring_attention
 
+# Of a ring's folds, between kernels that leave no Python in the caches: block_forward_ and
+# block_backward_ of tensors that were checked, or made, by the ring, and that autograd never saw.
+# The library's own checks, of memory safety, remain.
+fold_ = _ops.block_forward_.default
+fold_backward_ = _ops.block_backward_.default
+
 
 def isa_name() -> str:
     """The instruction set the CPU kernels use: the best supported, or RING_ATTENTION_CPU."""

@@ -42,7 +42,7 @@ def forward(
     ) -> None:
         """Folds the own keys, seen at these intervals; none for the state before any key."""
         acc, m, l = state  # noqa: E741
-        ops.block_forward_(
+        ops.fold_(
             rows,
             [k for _ in keys],
             [v for _ in keys],
@@ -99,7 +99,7 @@ def backward(
             begin, end = plan.query_intervals(origin, k.device, keys)
             (into,) = sums.of(origin, blocks[origin].rows).tensors
             q, dout, lse, delta = blocks[origin].tensors
-            ops.block_backward_(
+            ops.fold_backward_(
                 q,
                 dout,
                 lse,
