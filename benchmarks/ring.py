@@ -8,9 +8,10 @@
 Ranks are gloo processes of one thread each, on one machine. In every round the ring runs, then the
 peer's ring, then rank 0 alone with P threads on the whole sequence, while the others sleep. So
 efficiency = alone / ring carries what the ring costs: messages, packing, waiting, and imbalance.
-By the clock a rank that the machine holds up holds up the ring; by CPU time it does not, but then
-waiting does not count either.
-Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one.
+All start together, and the ring's time is that of its slowest rank. By the clock a rank that the
+machine holds up holds up the ring; by CPU time it does not, but then waiting does not count either.
+Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one,
+and so is the efficiency "best": on a machine with other work, of rounds that it left alone.
 
 With --device cuda the ranks are those of torchrun, a GPU each, over NCCL. What is alone is one GPU
 then, so efficiency = alone / (P ring); and the host waits for nothing, so waiting says nothing.
@@ -66,7 +67,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one forward and its backward, until all ranks are done; waiting: of the worst rank."""
+    """Of one forward and its backward, each of the slowest rank; waiting: of the worst one."""
 
     forward: float
     backward: float
@@ -86,27 +87,32 @@ def device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def finished(alone: bool) -> None:
-    """Returns when this rank's work is done and, not alone, that of all."""
+def finish() -> None:
+    """Returns when this rank's work is done."""
     if device() == "cuda":
         torch.cuda.synchronize()
+
+
+def stopwatch(call: Callable[[], Any], alone: bool) -> tuple[Any, float, float]:
+    """What a call returns, its seconds and its CPU time; not alone, all ranks start together."""
+    finish()
     if not alone:
         dist.barrier()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    result = call()
+    finish()
+    return result, time.perf_counter() - start_s, time.process_time() - start_cpu_s
 
 
 def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, alone: bool) -> Seconds:
-    finished(alone)
-    start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    out = call()
-    finished(alone)
-    middle_s, middle_cpu_s = time.perf_counter(), time.process_time()
-    torch.autograd.grad(out, inputs, dout)
-    finished(alone)
-    end_s, end_cpu_s = time.perf_counter(), time.process_time()
-    cpu_s = torch.tensor([middle_cpu_s - start_cpu_s, end_cpu_s - middle_cpu_s], device=device())
+    out, forward_s, cpu_forward_s = stopwatch(call, alone)
+    _, backward_s, cpu_backward_s = stopwatch(lambda: torch.autograd.grad(out, inputs, dout), alone)
+    seconds = torch.tensor([forward_s, backward_s], device=device())
+    cpu_s = torch.tensor([cpu_forward_s, cpu_backward_s], device=device())
     if not alone:
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
         dist.all_reduce(cpu_s)
-    return Seconds(middle_s - start_s, end_s - middle_s, 0.0, *cpu_s.tolist())
+    return Seconds(*seconds.tolist(), 0.0, *cpu_s.tolist())
 
 
 def ring(problem: Problem) -> Contestant:
@@ -272,8 +278,8 @@ def main() -> None:
         f"{options.rounds} rounds\n"
     )
     print(
-        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd  CPU fwd  bwd   "
-        "waiting   vs peer"
+        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd  best fwd  bwd  "
+        "CPU fwd  bwd   waiting   vs peer"
     )
     rows = []
     for size, tokens, dtype, mask in itertools.product(
@@ -295,13 +301,17 @@ def main() -> None:
         ) -> str:
             return f"{100 * of * median(map(share, rounds)):4.0f}%"
 
+        def best(phase: str, per_gpu: float = per_gpu, rounds: Any = rounds) -> float:
+            alone_s, ring_s = (min(getattr(r[n], phase) for r in rounds) for n in ("alone", "ring"))
+            return 100 * per_gpu * alone_s / ring_s
+
         print(
             f"{size:5d} {tokens:11d} {dtype:5} {mask:7}"
             f"{work / min(r['ring'].forward for r in rounds) / 1e9:12.0f}"
             f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}           "
             + percent(lambda r: r["alone"].forward / r["ring"].forward, per_gpu)
             + percent(lambda r: r["alone"].backward / r["ring"].backward, per_gpu)
-            + "    "
+            + f"     {best('forward'):4.0f}%{best('backward'):4.0f}%    "
             + percent(lambda r: r["alone"].cpu_forward / r["ring"].cpu_forward)
             + percent(lambda r: r["alone"].cpu_backward / r["ring"].cpu_backward)
             + f"{100 * median(r['ring'].waiting / r['ring'].total for r in rounds):9.1f}% "
@@ -310,8 +320,9 @@ def main() -> None:
         )
     print(
         "\nGFLOP/s: of the best round, over all ranks. efficiency: one process with as many "
-        "threads\n(no more than there are cores) / the ring; CPU: the same of CPU time. waiting: "
-        f"the worst rank's share.\nvs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
+        "threads\n(no more than there are cores) / the ring; best: of the best rounds of both; "
+        "CPU: the same of CPU time.\nwaiting: the worst rank's share. "
+        f"vs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
         "or raises for the dtype)."
     )
     if options.device == "cuda" and dist.get_rank() != 0:
