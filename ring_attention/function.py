@@ -14,6 +14,7 @@ from .plan import Plan
 from .plan import plan as make_plan
 from .registry import plan_of
 from .ring import Transport, degrees_of, traced_name, transport_named, transport_of
+from .shapes import Shapes
 
 _CAUSAL = Causal()
 
@@ -52,7 +53,8 @@ def attention(
         layout: how the sequence is sharded over the group; required with a group (or `plan`).
         q_layout, k_layout: instead of `layout`, where queries and keys are sharded differently.
         plan: a plan made beforehand, instead of mask and layouts. One that the ranks have agreed on
-            (`agree`) is posted without a check between them.
+            (`agree`) is posted without a check between them. Without one, what travels, K/V or
+            queries, is what has fewer bytes, for each direction: plan(traveller=) overrides it.
         scale: of q.k; 1/sqrt(D) by default.
         softcap: c > 0 replaces a score u by c tanh(u / c).
         sinks: [H] learnable logits that join every softmax of their head; float32 (float64 for
@@ -115,7 +117,7 @@ def _attend(
     where = "ring_attention.attention"
     transport = transport_of(group)
     if plan is None:
-        plan = _plan_for(where, q, k, mask, group, *layouts)
+        plan = _plan_for(where, q, k, v, mask, group, *layouts)
     _check_shards(where, plan, transport, q, k)
     if plan.ring is None:
         return _around_ring(q, k, v, sinks, plan, transport, scale, softcap)
@@ -154,6 +156,7 @@ def _plan_for(
     where: str,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     mask: Mask,
     group: Any,
     layout: Layout | None,
@@ -199,6 +202,7 @@ def _plan_for(
         transport.rank,
         degrees.get("ulysses"),
         degrees.get("ranks_per_node"),
+        Shapes.of(q, k, v),
     )
 
 
@@ -210,6 +214,7 @@ def _cached_plan(
     rank: int,
     ulysses: int | None,
     ranks_per_node: int | None,
+    shapes: Shapes,
 ) -> Plan:
     return make_plan(
         mask,
@@ -218,6 +223,7 @@ def _cached_plan(
         rank=rank,
         ulysses=ulysses,
         ranks_per_node=ranks_per_node,
+        shapes=shapes,
     )
 
 

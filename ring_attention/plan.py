@@ -14,20 +14,18 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from . import _planner
 from .layout import Layout
 from .mask_algebra import Mask, refuse
 from .merged import Merged
 from .rank_plan import Plan
 from .ring import degrees_of
-from .schedules import GENERATORS, generator_of, nodes_of_ring, travellers_of
+from .schedules import GENERATORS, cheapest, generator_of, nodes_of_ring, travellers_of
 from .steps import step_of
 
 if TYPE_CHECKING:
-    from .costs import Shapes
     from .figures import Machine
+    from .shapes import Shapes
 
 __all__ = ["GENERATORS", "Plan", "plan"]
 
@@ -40,14 +38,13 @@ def _digest(mask: Mask, q_layout: Layout, k_layout: Layout, *how: str | int) -> 
 
 def _predicted(
     mask: Mask,
-    layout: Layout,
+    q_layout: Layout,
+    k_layout: Layout,
     rank: int,
-    generator: str,
-    resident: int,
     ranks_per_node: int | None,
     shapes: Shapes,
     machine: Machine,
-    memory_bytes: float | None,
+    **how: Any,
 ) -> Plan:
     """The plan that a prediction chose, or predicted as it was chosen by name."""
     from .predict import predict
@@ -55,16 +52,9 @@ def _predicted(
     if ranks_per_node not in (None, machine.ranks_per_node):
         remedy = "leave it out: the machine says it"
         refuse("plan", f"ranks_per_node == {machine.ranks_per_node}", ranks_per_node, remedy)
-    prediction = predict(
-        mask,
-        layout,
-        shapes,
-        machine,
-        generator=generator,
-        resident=resident,
-        memory_bytes=memory_bytes,
-    )
-    made = plan(mask, layout, rank=rank, **prediction.schedule)
+    prediction = predict(mask, q_layout, shapes, machine, k_layout=k_layout, **how)
+    schedule = {"traveller": ("kv", "kv")} | prediction.schedule
+    made = plan(mask, q_layout=q_layout, k_layout=k_layout, rank=rank, **schedule)
     return dataclasses.replace(made, prediction=prediction)
 
 
@@ -80,8 +70,7 @@ def plan(
     resident: int = 1,
     ranks_per_node: int | None = None,
     ulysses: int | None = None,
-    traveller: str | tuple[str, str] = "kv",
-    like: tuple[Tensor, Tensor, Tensor] | None = None,
+    traveller: str | tuple[str, str] = "auto",
     shapes: Shapes | None = None,
     machine: Machine | None = None,
     memory_bytes: float | None = None,
@@ -107,12 +96,13 @@ def plan(
             "ulysses") as group says ulysses and ranks_per_node by itself.
         traveller: what goes around: "kv", or "q" and what belongs to it (forward: a state in fp32
             that comes home; backward: dO, and dQ that comes home), or a pair of these for forward
-            and backward, or "auto": what has fewer bytes if every rank needed every row, for each
-            direction; needs `like`. "q" is for direct. It pays for few queries over a long cache
-            and, in the backward, for as many heads of keys as of queries.
-        like: q, k and v (also meta tensors) of a call.
-        shapes, machine, memory_bytes: as in ``predict``. Generator "auto" then takes the schedule
-            that is predicted to be the quickest within the memory, and the plan has a prediction.
+            and backward. "q" is for direct. It pays for few queries over a long cache and, in the
+            backward, for as many heads of keys as of queries. "auto" takes what has fewer bytes to
+            travel, for each direction, if `shapes` says what a row has; else "kv".
+        shapes: heads and dtype of the calls; Shapes.of(q, k, v) has those of tensors.
+        machine, memory_bytes: as in ``predict``, with shapes. What is left open (generator "auto",
+            traveller "auto", no ulysses) is then what is predicted to be quickest within the
+            memory, and the plan has a prediction.
 
     Raises:
         ValueError: arguments that do not fit together, or no schedule fits into memory.
@@ -141,24 +131,30 @@ def plan(
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
     degrees = degrees_of(group)
-    ulysses = degrees.get("ulysses", 1) if ulysses is None else ulysses
+    ulysses = degrees.get("ulysses") if ulysses is None else ulysses
     ranks_per_node = degrees.get("ranks_per_node") if ranks_per_node is None else ranks_per_node
-    if like is not None and traveller != "auto":
-        refuse("plan", 'like only with traveller="auto"', repr(traveller), "leave it out")
-    if shapes is not None or machine is not None or memory_bytes is not None:
-        other = {
-            "ulysses": None if ulysses == 1 else ulysses,
-            "traveller": None if traveller == "kv" else traveller,
-            "k_layout": None if k_layout == q_layout else k_layout,
-        }
-        given = {name: value for name, value in other.items() if value is not None}
-        if shapes is None or machine is None or given:
-            remedy = "predictions are of K/V that travel, queries and keys laid out alike"
-            got = {"shapes": shapes, "machine": machine} | given
-            refuse("plan", "both shapes and machine, without any of the others", got, remedy)
+    if machine is not None or memory_bytes is not None:
+        if shapes is None or machine is None:
+            got = {"shapes": shapes, "machine": machine, "memory_bytes": memory_bytes}
+            refuse("plan", "both shapes and machine", got, "a prediction needs them")
         return _predicted(
-            mask, q_layout, me, generator, resident, ranks_per_node, shapes, machine, memory_bytes
+            mask,
+            q_layout,
+            k_layout,
+            me,
+            ranks_per_node,
+            shapes,
+            machine,
+            generator=generator,
+            resident=resident,
+            ulysses=ulysses,
+            traveller=traveller,
+            memory_bytes=memory_bytes,
         )
+    if shapes is not None and traveller != "auto":
+        remedy = "leave shapes out, or pass a machine for a prediction"
+        refuse("plan", 'shapes without a machine only with traveller="auto"', traveller, remedy)
+    ulysses = 1 if ulysses is None else ulysses
     if ulysses != 1:
         ring = plan(
             mask,
@@ -169,7 +165,7 @@ def plan(
             resident=resident,
             ranks_per_node=nodes_of_ring(q_layout.world_size, ranks_per_node, ulysses),
             traveller=traveller,
-            like=like,
+            shapes=shapes,
         )
         nodes = ranks_per_node or 1
         how = ring.generator, resident, nodes, ulysses, *ring.traveller
@@ -186,9 +182,12 @@ def plan(
             ring=ring,
         )
     generator, locals_ = generator_of(q_layout.world_size, generator, resident, ranks_per_node)
-    both = travellers_of(traveller, like, q_layout, k_layout, generator)
+    both = travellers_of(traveller, generator)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
+    if both is None:
+        sizes = q_layout.world_size, q_layout.length, k_layout.length
+        both = ("kv", "kv") if shapes is None else cheapest(shapes, reads, *sizes)
     made = {
         what: tuple(
             step_of(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")

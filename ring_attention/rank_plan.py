@@ -20,7 +20,7 @@ from .registry import register
 from .steps import Step, last_due
 
 if TYPE_CHECKING:
-    from .predict import Prediction
+    from .prediction import Prediction
 
 _CPU = torch.device("cpu")
 

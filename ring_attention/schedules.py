@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from . import _planner
-from .layout import Layout
 from .mask_algebra import at_least, refuse
+
+if TYPE_CHECKING:
+    from .shapes import Shapes
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
 
@@ -56,18 +57,10 @@ def nodes_of_ring(world_size: int, ranks_per_node: int | None, ulysses: int) -> 
     return None if ulysses in (ranks_per_node, world_size) else ranks_per_node // ulysses
 
 
-def travellers_of(
-    traveller: str | tuple[str, str],
-    like: tuple[Tensor, Tensor, Tensor] | None,
-    q_layout: Layout,
-    k_layout: Layout,
-    generator: str,
-) -> tuple[str, str]:
-    """What travels in the forward and in the backward."""
+def travellers_of(traveller: str | tuple[str, str], generator: str) -> tuple[str, str] | None:
+    """What travels in the forward and in the backward; None if that is to be chosen."""
     if traveller == "auto":
-        if like is None:
-            refuse("plan", 'like with traveller="auto"', None, "pass like=(q, k, v)")
-        return _cheapest(*like, q_layout, k_layout) if generator == "direct" else ("kv", "kv")
+        return None if generator == "direct" else ("kv", "kv")
     both = (traveller, traveller) if isinstance(traveller, str) else tuple(traveller)
     if len(both) != 2 or not set(both) <= {"kv", "q"}:
         expected = 'a traveller of "kv", "q", "auto" or a pair of "kv" and "q"'
@@ -77,16 +70,34 @@ def travellers_of(
     return both[0], both[1]
 
 
-def _cheapest(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+# Of a larger ring the rows of so many ranks are counted.
+_COUNTED = 4
+
+
+def cheapest(
+    shapes: Shapes, reads: _planner.Reads, world_size: int, q_len: int, k_len: int
 ) -> tuple[str, str]:
-    """By bytes sent if every rank needs every row: what goes out, and what comes home in fp32."""
-    (_, heads, _, head_dim), (_, kv_heads, _, v_head_dim) = q.shape, v.shape
-    element, wide = q.element_size(), 8 if q.dtype == torch.float64 else 4
-    queries, keys = q_layout.length * heads, k_layout.length * kv_heads
-    both = head_dim + v_head_dim
-    forward = queries * (head_dim * element + (v_head_dim + 2) * wide) < keys * both * element
-    backward = queries * (both * element + 2 * wide + head_dim * wide) < keys * both * (
-        element + wide
+    """What has fewer bytes to travel, forward and backward: the same on every rank."""
+    lengths = {"kv": k_len, "q": q_len}
+
+    def each(what: str, backward: bool) -> int:
+        return shapes.block_bytes(what, backward, 1) + shapes.home_bytes(what, backward, 1)
+
+    def chosen(rows: dict[str, int], backward: bool) -> str:
+        return "q" if rows["q"] * each("q", backward) < rows["kv"] * each("kv", backward) else "kv"
+
+    # Few masks prune the rows of K/V more than twice as much as those of Q, or the other way round.
+    clear = all(
+        not 0.5 < lengths["q"] * each("q", back) / max(lengths["kv"] * each("kv", back), 1) < 2.0
+        for back in (False, True)
     )
-    return "q" if forward else "kv", "q" if backward else "kv"
+    rows = lengths if clear else {what: _rows(reads, world_size, what == "q") for what in lengths}
+    return chosen(rows, False), chosen(rows, True)
+
+
+def _rows(reads: _planner.Reads, world_size: int, queries: bool) -> int:
+    """The rows that arrive at all ranks or, of many, at some."""
+    count = min(world_size, _COUNTED)
+    ranks = {i * (world_size - 1) // max(count - 1, 1) for i in range(count)}
+    made = [reads.schedule(rank, "direct", 1, 1, queries) for rank in ranks]
+    return sum(t.ranges.rows for steps in made for step in steps for t in step.recvs)

@@ -6,7 +6,8 @@ message starts when both its sides are posted. It takes its bytes over the link'
 sender's way out and of the receiver's way in, each of which is busy with one message after another
 (per link: a rank talks to its node and to the network at the same time), and is there a latency
 after the slower of the two. With some ranks only, each is taken to be in step with its peers: their
-side of a message is posted when its own is, and their ways are free.
+side of a message is posted when its own is, and their ways are free. Under Ulysses the ring's
+stages stand between two all-to-alls of the heads, which nothing hides.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class _Simulation:
                 source, to = letter.key[-2:]
                 self.transfer(now_s, message, [(True, source), (False, to)])
                 other.done_s = message.done_s
-                self.go_on(self.ranks[letter.transfer.peer])
+                self.go_on(self.ranks[letter.peer])
         rank.timeline.compute_s += stage.fold_s
         rank.timeline.stolen_s += stage.stolen_s
         rank.event("compute", now_s, now_s + stage.fold_s)
