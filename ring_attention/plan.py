@@ -186,8 +186,7 @@ def plan(
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
     if both is None:
-        sizes = q_layout.world_size, q_layout.length, k_layout.length
-        both = ("kv", "kv") if shapes is None else cheapest(shapes, reads, *sizes)
+        both = ("kv", "kv") if shapes is None else cheapest(shapes, reads, q_layout, k_layout)
     made = {
         what: tuple(
             step_of(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")

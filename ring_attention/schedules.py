@@ -9,6 +9,7 @@ from . import _planner
 from .mask_algebra import at_least, refuse
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .shapes import Shapes
 
 GENERATORS: tuple[str, ...] = _planner.GENERATORS
@@ -75,10 +76,10 @@ _COUNTED = 4
 
 
 def cheapest(
-    shapes: Shapes, reads: _planner.Reads, world_size: int, q_len: int, k_len: int
+    shapes: Shapes, reads: _planner.Reads, q_layout: Layout, k_layout: Layout
 ) -> tuple[str, str]:
     """What has fewer bytes to travel, forward and backward: the same on every rank."""
-    lengths = {"kv": k_len, "q": q_len}
+    lengths = {"kv": k_layout.length, "q": q_layout.length}
 
     def each(what: str, backward: bool) -> int:
         return shapes.block_bytes(what, backward, 1) + shapes.home_bytes(what, backward, 1)
@@ -91,7 +92,11 @@ def cheapest(
         not 0.5 < lengths["q"] * each("q", back) / max(lengths["kv"] * each("kv", back), 1) < 2.0
         for back in (False, True)
     )
-    rows = lengths if clear else {what: _rows(reads, world_size, what == "q") for what in lengths}
+    rows = (
+        lengths
+        if clear
+        else {what: _rows(reads, q_layout.world_size, what == "q") for what in lengths}
+    )
     return chosen(rows, False), chosen(rows, True)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
-import threading
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ import torch
 import ring_attention as ra
 from ring_attention.__main__ import main
 from ring_attention.buffers import BufferPool
-from ring_attention.costs import Costs, Shapes, break_even
+from ring_attention.costs import Costs, break_even
 from ring_attention.figures import DEVICES, LINKS, Device, Link, Machine, load, save
 from ring_attention.predict import predict
+from ring_attention.shapes import Shapes
 from ring_attention.simulate import simulate
 from ring_attention.stages import ring_bytes
 
 # The package's attributes of these names are functions.
 predict_module = importlib.import_module("ring_attention.predict")
 
-SHAPES = Shapes(4, 2, 16, dtype="float32")
+SHAPES = Shapes(12, 6, 16, dtype="float32")
 
 
 def machine(link: Link, launch_s: float = 0.0, cpu_s_per_byte: float = 0.0) -> Machine:
@@ -45,6 +46,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "chain": {"generator": "chain"},
     "three resident": {"generator": "direct", "resident": 3},
     "double": {"generator": "double", "ranks_per_node": 3},
+    "queries": {"traveller": "q"},
+    "queries backward": {"traveller": ("kv", "q"), "resident": 2},
+    "ulysses": {"ulysses": 2},
+    "ulysses alone": {"ulysses": 6},
+    "ulysses, queries": {"ulysses": 3, "traveller": ("q", "kv")},
+    "ulysses, double": {"ulysses": 2, "generator": "double", "ranks_per_node": 6},
 }
 MASKS: dict[str, ra.Mask] = {
     "full": ra.Full(),
@@ -54,69 +61,88 @@ MASKS: dict[str, ra.Mask] = {
 }
 
 
+@dataclass
+class Counted:
+    """Of one rank of a real ring: bytes sent, and the most on loan from its pool."""
+
+    sent: int = 0
+    now: int = 0
+    most: int = 0
+
+
+def counted_call(group: ra.VirtualGroup, layout: ra.Layout, mask: ra.Mask, how: Any) -> Any:
+    """Forward and backward; what each took."""
+    count = counts[id(group.pool)] = counts[id(group)] = Counted()
+    rows = layout.sizes[group.rank]
+    q, k, v = (
+        torch.randn(1, heads, rows, 16, requires_grad=True)
+        for heads in (SHAPES.heads, SHAPES.kv_heads, SHAPES.kv_heads)
+    )
+    made = ra.plan(mask, layout, group=group, **how)
+    out = ra.attention(q, k, v, plan=made, group=group)
+    forward = count.sent, count.most
+    count.sent, count.most = 0, count.now
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
+    assert count.now == 0
+    return forward, (count.sent, count.most)
+
+
+counts: dict[int, Counted] = {}  # by the id of a rank's group and of its pool
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    lease, give_back, post = BufferPool.lease, BufferPool.give_back, ra.VirtualGroup.post
+
+    def leased(self: BufferPool, *args: Any, **kwargs: Any) -> Any:
+        made = lease(self, *args, **kwargs)
+        count = counts[id(self)]
+        count.now += made.flat.numel() * made.flat.element_size()
+        count.most = max(count.most, count.now)
+        return made
+
+    def returned(self: BufferPool, made: Any) -> None:
+        counts[id(self)].now -= made.flat.numel() * made.flat.element_size()
+        give_back(self, made)
+
+    def posted(self: ra.VirtualGroup, messages: Any) -> Any:
+        counts[id(self)].sent += sum(m.nbytes for m in messages if m.sending)
+        return post(self, messages)
+
+    monkeypatch.setattr(BufferPool, "lease", leased)
+    monkeypatch.setattr(BufferPool, "give_back", returned)
+    monkeypatch.setattr(ra.VirtualGroup, "post", posted)
+
+
+@pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("how", SCHEDULES)
 @pytest.mark.parametrize("mask", MASKS)
-def test_bytes_and_computing_are_those_of_the_plans(mask: str, how: str) -> None:
+def test_bytes_and_buffers_are_those_of_a_real_ring(mask: str, how: str) -> None:
     layout = ra.Zigzag(61, 6)
+    measured = ra.run_virtual(6, counted_call, layout, MASKS[mask], SCHEDULES[how])
     for backward in (False, True):
         made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
         timelines = simulate(made)
+        predicted = [(t.sent_bytes, ring_bytes(c)) for t, c in zip(timelines, made, strict=True)]
+        assert predicted == [rank[backward] for rank in measured]
         assert sum(t.sent_bytes for t in timelines) == sum(t.received_bytes for t in timelines) > 0
-        for c, t in zip(made, timelines, strict=True):
-            rows = sum(step.rows for step in c.plan.steps)
-            grads = sum(step.grad_rows for step in c.plan.steps) if backward else 0
-            assert t.sent_bytes == (rows + grads) * 2 * 2 * 16 * 4
-            flops = sum(c.plan.flops) * 4 * 4 * 16 * (2.5 if backward else 1)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_computing_is_that_of_the_plans(mask: str, how: str) -> None:
+    layout = ra.Zigzag(61, 6)
+    for backward in (False, True):
+        made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
+        for c, t in zip(made, simulate(made), strict=True):
+            steps = c.plan.backward_steps if backward else c.plan.steps
+            heads = SHAPES.heads // c.plan.ulysses
+            flops = sum(step.flops for step in steps) * 4 * heads * 16 * (2.5 if backward else 1)
             assert t.compute_s == pytest.approx(flops / 1e12)
             assert t.seconds == pytest.approx(t.compute_s + t.wait_s + t.post_s)
             spans = [(e.start_s, e.end_s) for e in t.events if e.name != "transfer"]
             assert all(a[1] <= b[0] + 1e-15 for a, b in pairwise(spans))
-
-
-def leased(rank_group: Any, layout: ra.Layout, mask: ra.Mask, how: dict[str, Any]) -> Any:
-    """One rank of a real ring: the most bytes on loan, forward and backward."""
-    q = torch.randn(1, 4, layout.sizes[ra.rank_of(rank_group)], 16, requires_grad=True)
-    k, v = (torch.randn(1, 2, q.shape[2], 16, requires_grad=True) for _ in range(2))
-    made = ra.plan(mask, layout, group=rank_group, **how)
-    on_loan.most, on_loan.now = 0, 0
-    out = ra.attention(q, k, v, plan=made, group=rank_group)
-    forward, on_loan.most = on_loan.most, on_loan.now
-    assert isinstance(out, torch.Tensor)
-    out.sum().backward()
-    return forward, on_loan.most, on_loan.now
-
-
-on_loan = threading.local()
-
-
-@pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_ring_memory_is_what_a_real_ring_borrows(
-    mask: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lease, give_back = BufferPool.lease, BufferPool.give_back
-    pools: dict[int, Any] = {}
-
-    def counted(self: BufferPool, *args: Any, **kwargs: Any) -> Any:
-        made = lease(self, *args, **kwargs)
-        book = pools.setdefault(id(self), on_loan)
-        book.now += made.flat.numel() * made.flat.element_size()
-        book.most = max(book.most, book.now)
-        return made
-
-    def returned(self: BufferPool, made: Any) -> None:
-        on_loan.now -= made.flat.numel() * made.flat.element_size()
-        give_back(self, made)
-
-    monkeypatch.setattr(BufferPool, "lease", counted)
-    monkeypatch.setattr(BufferPool, "give_back", returned)
-    layout = ra.Zigzag(61, 6)
-    measured = ra.run_virtual(6, leased, layout, MASKS[mask], SCHEDULES[how])
-    m = machine(Link("link", 1e9))
-    for back in (0, 1):
-        made = costs(MASKS[mask], layout, m, bool(back), **SCHEDULES[how])
-        assert [rank[back] for rank in measured] == [ring_bytes(c) for c in made]
-    assert all(rank[2] == 0 for rank in measured)
 
 
 def test_break_even_in_closed_form() -> None:
