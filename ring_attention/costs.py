@@ -99,11 +99,16 @@ class Costs:
 
     def block_bytes(self, rows: int) -> int:
         """Of so many rows of what travels."""
-        return self.share.block_bytes(self.traveller, self.backward, rows)
+        return rows * self._each[0]
 
     def home_bytes(self, rows: int) -> int:
         """Of what comes home for them."""
-        return self.share.home_bytes(self.traveller, self.backward, rows)
+        return rows * self._each[1]
+
+    @cached_property
+    def _each(self) -> tuple[int, int]:
+        shapes, what = self.share, self.traveller
+        return shapes.block_bytes(what, self.backward, 1), shapes.home_bytes(what, self.backward, 1)
 
     def fold_s(self, step: Step, own_part: float = 0.0) -> float:
         """Seconds of the kernel calls of a step, without `own_part` of its pairs."""

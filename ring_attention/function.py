@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import agreement, checks, loop, ops, queries, ulysses
+from .backward import backward
 from .layout import Contiguous, Layout
 from .mask import Causal, Mask
 from .plan import Plan
@@ -365,8 +366,7 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
     transport, made = transport_named(group), plan_of(plan)
-    run = queries.backward if made.traveller[1] == "q" else loop.backward
-    return run(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
+    return backward(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
 
 
 @ring_backward.register_fake

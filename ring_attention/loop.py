@@ -11,7 +11,6 @@ The order in which ranks post is told in messages.py. Here K/V travel; queries d
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from . import ops, trace
@@ -133,30 +132,27 @@ def send_home(
     sums.add_arrived(end, held_rows)
 
 
-def backward(
+def add_gradients(
     plan: Plan,
     transport: Transport,
-    dout: Tensor,
-    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    dout: Tensor,
     lse: Tensor,
-    sinks: Tensor | None,
+    delta: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the K/V plan again; dK/dV go home.
+) -> None:
+    """Runs the K/V plan again, for the gradients: dK/dV go home.
 
-    Returns:
-        dq, dk, dv in their inputs' dtypes, and dsinks ([0] without sinks): this rank's part of the
-        sum over the ring.
+    Args:
+        into: dq, dk and dv, as they are summed; see backward.py.
     """
-    delta = ops.delta(out, dout, dlse)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, *own = into
     blocks = Blocks(transport, "K/V", Rows((k, v)))
-    sums = Sums(transport, "dK/dV", Rows((dk, dv)))
+    sums = Sums(transport, "dK/dV", Rows(tuple(own)))
 
     def fold(origins: Sequence[int], keys: Keys) -> None:
         intervals = [plan.intervals(origin, q.device, keys) for origin in origins]
@@ -179,5 +175,3 @@ def backward(
 
     steps = plan.backward_steps
     send_home(plan, steps, plan.held_rows, transport, "backward", blocks, sums, fold)
-    dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

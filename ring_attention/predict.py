@@ -19,7 +19,7 @@ from .plan import Plan, plan
 from .prediction import Candidate, Prediction
 from .shapes import Shapes
 from .simulate import Timeline, simulate
-from .stages import ring_bytes
+from .stages import ring_bytes, stages
 
 # Rings up to this size are simulated whole; of larger ones this many ranks (half of it above 512).
 WHOLE_RING, SAMPLED = 64, 8
@@ -215,7 +215,8 @@ class _Trials:
         key = f"{which} {backward}"
         if key not in self.phases:
             costs = [Costs(p, self.shapes, self.machine, backward) for p in self.plans[which]]
-            buffers = [ring_bytes(c) for c in costs]
+            todo = [stages(c) for c in costs]
+            buffers = [ring_bytes(c, made) for c, made in zip(costs, todo, strict=True)]
             memory = [c.tensors_bytes() + b for c, b in zip(costs, buffers, strict=True)]
-            self.phases[key] = _Phase(simulate(costs), memory, buffers)
+            self.phases[key] = _Phase(simulate(costs, todo), memory, buffers)
         return self.phases[key]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from . import trace
 from .costs import Costs
-from .stages import Key, Letter, Stage, stages
+from .stages import Key, Letter, Stage
 
 
 @dataclass
@@ -56,9 +56,9 @@ class _Message:
 
 
 class _Rank:
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, todo: Sequence[Stage]) -> None:
         self.costs = costs
-        self.todo = iter(stages(costs))
+        self.todo = iter(todo)
         self.stage: Stage = Stage(0, 0)
         self.under_way: list[_Message] = []
         self.due: list[_Message] = []
@@ -76,8 +76,9 @@ class _Rank:
 
 
 class _Simulation:
-    def __init__(self, costs: Sequence[Costs]) -> None:
-        self.ranks = {each.plan.rank: _Rank(each) for each in costs}
+    def __init__(self, costs: Sequence[Costs], todo: Sequence[Sequence[Stage]]) -> None:
+        both = zip(costs, todo, strict=True)
+        self.ranks = {each.plan.rank: _Rank(each, its) for each, its in both}
         self.machine = costs[0].machine
         self.whole = len(costs) == costs[0].plan.world_size
         self.posted: dict[Key, _Message] = {}
@@ -164,10 +165,10 @@ class _Simulation:
         self.at(end_s, rank, "next")
 
 
-def simulate(costs: Sequence[Costs]) -> list[Timeline]:
+def simulate(costs: Sequence[Costs], todo: Sequence[Sequence[Stage]]) -> list[Timeline]:
     """Runs one phase of a ring.
 
     Args:
-        costs: of every rank, or of some: see the Note.
+        costs, todo: of every rank, or of some: see the Note; their stages.
     """
-    return _Simulation(costs).run()
+    return _Simulation(costs, todo).run()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .costs import Costs
@@ -151,7 +151,7 @@ def _heads(costs: Costs, number: int, to_ring: bool) -> Stage:
     return stage
 
 
-def ring_bytes(costs: Costs) -> int:
+def ring_bytes(costs: Costs, made: Sequence[Stage]) -> int:
     """The most bytes that message buffers take at one time: blocks, packed rows, results."""
     held: dict[int, int] = {}  # bytes of received blocks by origin
     sums: dict[int, int] = {}  # and of the sums of their results
@@ -169,7 +169,7 @@ def ring_bytes(costs: Costs) -> int:
         if origin != costs.ring.rank:
             sums.setdefault(origin, costs.home_bytes(costs.held_rows[origin]))
 
-    for stage in stages(costs):
+    for stage in made:
         for letter in stage.letters:
             t = letter.transfer
             if t is None:

@@ -22,7 +22,7 @@ from ring_attention.figures import DEVICES, LINKS, Device, Link, Machine, load, 
 from ring_attention.predict import predict
 from ring_attention.shapes import Shapes
 from ring_attention.simulate import simulate
-from ring_attention.stages import ring_bytes
+from ring_attention.stages import ring_bytes, stages
 
 # The package's attributes of these names are functions.
 predict_module = importlib.import_module("ring_attention.predict")
@@ -123,9 +123,10 @@ def test_bytes_and_buffers_are_those_of_a_real_ring(mask: str, how: str) -> None
     measured = ra.run_virtual(6, counted_call, layout, MASKS[mask], SCHEDULES[how])
     for backward in (False, True):
         made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
-        timelines = simulate(made)
-        predicted = [(t.sent_bytes, ring_bytes(c)) for t, c in zip(timelines, made, strict=True)]
-        assert predicted == [rank[backward] for rank in measured]
+        todo = [stages(c) for c in made]
+        timelines = simulate(made, todo)
+        sent, buffers = [t.sent_bytes for t in timelines], map(ring_bytes, made, todo)
+        assert list(zip(sent, buffers, strict=True)) == [rank[backward] for rank in measured]
         assert sum(t.sent_bytes for t in timelines) == sum(t.received_bytes for t in timelines) > 0
 
 
@@ -135,7 +136,7 @@ def test_computing_is_that_of_the_plans(mask: str, how: str) -> None:
     layout = ra.Zigzag(61, 6)
     for backward in (False, True):
         made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
-        for c, t in zip(made, simulate(made), strict=True):
+        for c, t in zip(made, simulate(made, [stages(c) for c in made]), strict=True):
             steps = c.plan.backward_steps if backward else c.plan.steps
             heads = SHAPES.heads // c.plan.ulysses
             flops = sum(step.flops for step in steps) * 4 * heads * 16 * (2.5 if backward else 1)
@@ -163,7 +164,7 @@ def test_the_simulation_breaks_even_there(world_size: int) -> None:
     m, shapes = machine(Link("link", 1e9)), Shapes(8, 8, 16)  # break-even at 1000 and 1200 tokens
     for tokens in (900, 1001, 1190, 1210):
         layout = ra.Contiguous(tokens * world_size, world_size)
-        p = predict(ra.Full(), layout, shapes, m, generator="direct")
+        p = predict(ra.Full(), layout, shapes, m, generator="direct", traveller="kv")
         forward, backward = (max(t.wait_s for t in phase) for phase in (p.forward, p.backward))
         assert (forward > 1e-12) == (tokens < 1000)
         # The first K/V and the last gradients hide behind their parts of the own block.
@@ -179,16 +180,25 @@ def test_the_simulation_breaks_even_there(world_size: int) -> None:
 def test_latency_launches_and_theft() -> None:
     layout = ra.Contiguous(4000, 4)
     shapes = Shapes(8, 8, 16)
-    slow = predict(ra.Full(), layout, shapes, machine(Link("l", 1e30, 5e-3)), generator="direct")
-    plain = predict(ra.Full(), layout, shapes, machine(Link("l", 1e30)), generator="direct")
+    slow = predict(
+        ra.Full(),
+        layout,
+        shapes,
+        machine(Link("l", 1e30, 5e-3)),
+        generator="direct",
+        traveller="kv",
+    )
+    plain = predict(
+        ra.Full(), layout, shapes, machine(Link("l", 1e30)), generator="direct", traveller="kv"
+    )
     fold_s = 4 * 1000**2 * 16 * 8 / 1e12
     assert plain.seconds == pytest.approx(4 * fold_s * 3.5)
     assert slow.forward[0].seconds == pytest.approx(3 * 5e-3 + fold_s)
     called = machine(Link("l", 1e30), launch_s=1e-3)
-    launched = predict(ra.Full(), layout, shapes, called, generator="direct")
+    launched = predict(ra.Full(), layout, shapes, called, generator="direct", traveller="kv")
     assert launched.seconds == pytest.approx(plain.seconds + 9e-3)  # 4 forward, 5 backward
     stealing = machine(Link("l", 1e30), cpu_s_per_byte=1e-9)
-    stolen = predict(ra.Full(), layout, shapes, stealing, generator="direct")
+    stolen = predict(ra.Full(), layout, shapes, stealing, generator="direct", traveller="kv")
     moved = stolen.forward[0].sent_bytes + stolen.forward[0].received_bytes
     assert stolen.forward[0].stolen_s == pytest.approx(1e-9 * moved)
     assert "the transport takes" in stolen.explain() and "takes" not in plain.explain()
@@ -202,7 +212,7 @@ def test_a_double_ring_pays_where_nodes_are_far_apart() -> None:
         name: predict(ra.Causal(), layout, shapes, far, generator=name).seconds
         for name in ("direct", "chain", "double")
     }
-    best = predict(ra.Causal(), layout, shapes, far)
+    best = predict(ra.Causal(), layout, shapes, far, ulysses=1)
     assert seconds["double"] < 0.8 * min(seconds["direct"], seconds["chain"])
     assert best.schedule == {"generator": "double", "ranks_per_node": 4}
     assert ra.plan(ra.Causal(), layout, rank=3, **best.schedule).generator == "double"
@@ -211,7 +221,8 @@ def test_a_double_ring_pays_where_nodes_are_far_apart() -> None:
 def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
     layout, shapes = ra.Zigzag(8 * 8192, 8), Shapes(32, 8, 128)
     m = Machine("H100", "100G", node_link="NVLink", ranks_per_node=4)
-    plans = [ra.plan(ra.Causal(), layout, rank=r, shapes=shapes, machine=m) for r in (0, 5)]
+    problem: dict[str, Any] = {"shapes": shapes, "machine": m}
+    plans = [ra.plan(ra.Causal(), layout, rank=r, ulysses=1, **problem) for r in (0, 5)]
     for made in plans:
         assert made.prediction is not None and made.generator == "double"
         assert made.digest == plans[0].digest and made.explain() == made.prediction.explain()
@@ -223,8 +234,8 @@ def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
     assert plain.explain() == repr(plain)
     with pytest.raises(ValueError, match=r"Plan.draw: expected a plan with a prediction, got none"):
         plain.draw(tmp_path / "plan.png")
-    with pytest.raises(ValueError, match=r"plan: expected both shapes and machine"):
-        ra.plan(ra.Causal(), layout, rank=0, shapes=shapes)
+    with pytest.raises(ValueError, match=r"plan: expected both shapes and machine, got"):
+        ra.plan(ra.Causal(), layout, rank=0, machine=m)
     with pytest.raises(ValueError, match=r"plan: expected ranks_per_node == 4, got 2"):
         ra.plan(ra.Causal(), layout, rank=0, shapes=shapes, machine=m, ranks_per_node=2)
 
@@ -232,9 +243,11 @@ def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
 def test_memory_decides() -> None:
     layout, shapes = ra.Zigzag(8 * 256, 8), Shapes(32, 8, 128)
     quick = machine(Link("l", 1e12), launch_s=1e-3)  # launches are dear: everything at once
-    best = predict(ra.Causal(), layout, shapes, quick)
+    best = predict(ra.Causal(), layout, shapes, quick, ulysses=1)
     assert best.schedule == {"generator": "direct", "resident": 7}
-    tight = predict(ra.Causal(), layout, shapes, quick, memory_bytes=0.7 * best.memory_bytes)
+    tight = predict(
+        ra.Causal(), layout, shapes, quick, ulysses=1, memory_bytes=0.7 * best.memory_bytes
+    )
     assert tight.schedule["resident"] < 7 and tight.memory_bytes <= 0.7 * best.memory_bytes
     with pytest.raises(ValueError, match=r"predict: expected a schedule within 1 KB per rank, got"):
         predict(ra.Causal(), layout, shapes, quick, memory_bytes=1000)
