@@ -12,15 +12,19 @@ packed but never sent, so that folds read the last ones' bytes. Their difference
 communication costs: waiting (the worst rank's share of its time), and the CPU time that gloo and
 the kernel's network take from folds (theft; both ranks together, of the calls' CPU time).
 
-Predicted is the shard from which a hop is hidden behind the folds of one block, DESIGN section 4:
+Predicted is the shard from which every hop is hidden behind the folds that hide it. A hop carries
+bytes like c, tokens per rank, and its folds take time like c^2, so c = R / W, with R = c bytes per
+second of folding, of the hop that needs most, in calls without messages, and W, the bytes/s of a
+link in one direction; both are measured here. For whole blocks that is the planner's closed form,
 
     forward   c >= (G/H) (e/2) F/W          e bytes per element of K/V, F useful FLOP/s of a rank's
-    backward  c >= (G/H) (e+4)/5 F/W        folds, W bytes/s of a link in one direction; twice that
-                                            for balanced causal masks, which fold half a block
+    backward  c >= (G/H) (e+4)/5 F/W        folds; twice that for balanced causal masks
 
-with F (of the calls without messages) and W measured here. Measured is where waiting ends, as the
-shards that wait have it: c times the hops' time over that of the folds that hide them. The time of
-a call is predicted from the one without messages: plus what hops take longer than those folds.
+with two terms that it leaves out: the own block, which hides all hops between two ranks, folds at a
+rate of its own (a causal one has more diagonal tiles), and backward it is split between two hops.
+Measured is where waiting ends, as the shards that wait have it: c times a hop's time over that of
+the folds that hide it, of the hop that is worst. The time of a call is predicted from the one
+without messages: plus what hops take longer than those folds.
 Needs Linux, root and iproute2; says why where it cannot.
 """
 
@@ -70,21 +74,6 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-
-    def break_even(self, direction: str, mask: str, flops: float, bytes_s: float) -> float:
-        """Predicted: the least tokens per rank that hide a hop."""
-        size = DTYPES[self.dtype].itemsize
-        factor = size / 2 if direction == "forward" else (size + 4) / 5
-        visible = 0.5 if mask == "causal" else 1.0
-        return self.kv_heads / self.heads * factor / visible * flops / bytes_s
-
-    def hop_bytes(self, direction: str, tokens: int) -> float:
-        """What the hops of a call between two ranks carry, in the busier direction."""
-        size = DTYPES[self.dtype].itemsize + (4 if direction == "backward" else 0)
-        return 2 * tokens * self.kv_heads * self.head_dim * size
-
-    def flops(self, direction: str, pairs: float) -> float:
-        return (4 if direction == "forward" else 10) * self.head_dim * self.heads * pairs
 
 
 # --- The ranks: commands in, results out, a JSON line each ----------------------------------------
@@ -163,7 +152,7 @@ class Rank:
                 end_s = time.monotonic()
                 if turn and send:
                     kept += events
-                hops = [e.step for e in events if e.name == "wait"]
+                waits = [e for e in events if e.name == "wait"]
                 taken.append(
                     {
                         "turn": turn,
@@ -173,10 +162,21 @@ class Rank:
                         "cpu_s": time.process_time() - cpu_s,
                         "bytes": sum(e.bytes for e in events if e.name == "post"),
                         "posted_s": [e.end_s for e in events if e.name == "post"],
-                        "arrived_s": [e.end_s for e in events if e.name == "wait"],
-                        "hiding": sum(
-                            e.seconds for e in events if e.name == "compute" and e.step in hops
-                        ),
+                        "arrived_s": [e.end_s for e in waits],
+                        "hops": [
+                            {
+                                "bytes": max(
+                                    sum(leg.bytes for leg in e.legs if leg.sending == way)
+                                    for way in (True, False)
+                                ),
+                                "hiding_s": sum(
+                                    c.seconds
+                                    for c in events
+                                    if c.name == "compute" and c.step == e.step
+                                ),
+                            }
+                            for e in waits
+                        ],
                     }
                     | {
                         name: sum(e.seconds for e in events if e.name == name)
@@ -189,10 +189,7 @@ class Rank:
             for event in kept:
                 writer.add(event)
             writer.close()
-        pairs = sum(
-            ra.plan(MASKS[mask], ra.Zigzag(tokens * self.size, self.size), rank=self.rank).flops
-        )
-        return {"runs": [run for run in taken if run["turn"]], "pairs": pairs}
+        return {"runs": [run for run in taken if run["turn"]]}
 
 
 def serve(rank: int, size: int, store: str, shape: Shape) -> None:
@@ -258,10 +255,8 @@ class Ring:
             sending=order,
             folder=folder and str(folder),
         )
-        pairs = max(answer["pairs"] for answer in answers)
         turns = list(zip(*(answer["runs"] for answer in answers), strict=True))
-        flops = self.shape.flops(direction, pairs)
-        return Measured.of(flops, tokens, turns)
+        return Measured.of(tokens, turns)
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -298,11 +293,11 @@ class Measured:
     Attributes:
         alone_s, seconds: a call without and with its messages.
         waiting: share of the call, of the rank that waits most.
-        exposed: time that hops took from both ends having posted, over that of the folds that hide
-            them, of that rank; at most 1 if they are hidden.
+        exposed: time that a hop took from both ends having posted, over that of the folds that hide
+            it, of that rank's worst hop; at most 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
-        hiding_s: of the folds that hide hops, without messages, the mean of both ranks.
-        rate: FLOP/s of a rank's folds without messages, the mean of both.
+        hops: bytes of every hop, in the busier direction, and seconds of the folds that hide it,
+            without messages, the mean of the ranks.
     """
 
     tokens: int
@@ -312,12 +307,25 @@ class Measured:
     exposed: float
     theft_s: float
     sent_bytes: int
-    hiding_s: float
-    rate: float
+    hops: list[tuple[float, float]]
+
+    @property
+    def rate(self) -> float:
+        """Bytes tokens per second of the hop that needs most: over W, the break-even."""
+        return max(
+            (self.tokens * nbytes / max(hiding, 1e-9) for nbytes, hiding in self.hops), default=0.0
+        )
+
+    def call_s(self, bytes_s: float) -> float:
+        """Predicted: a call with its messages."""
+        return self.alone_s + sum(
+            max(0.0, nbytes / bytes_s - hiding) for nbytes, hiding in self.hops
+        )
 
     @classmethod
-    def of(cls, flops: float, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
+    def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
         seen: dict[Any, list[float]] = defaultdict(list)
+        hops: list[list[tuple[float, float]]] = []
         for ranks in turns:
             sending = ranks[0]["sending"]
             seconds = max(r["end_s"] for r in ranks) - min(r["start_s"] for r in ranks)
@@ -327,13 +335,22 @@ class Measured:
                 most = max(ranks, key=lambda r: r["wait"])
                 # A hop begins when both of its ends have posted.
                 begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
-                hops_s = sum(b - a for a, b in zip(begun, most["arrived_s"], strict=False))
                 seen["waiting"].append(most["wait"] / seconds)
-                seen["exposed"].append(hops_s / most["hiding"])
+                exposed = [
+                    (end_s - start_s) / max(hop["hiding_s"], 1e-9)
+                    for start_s, end_s, hop in zip(
+                        begun, most["arrived_s"], most["hops"], strict=False
+                    )
+                ]
+                seen["exposed"].append(max(exposed, default=0.0))
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
-                seen["hiding"].append(mean(r["hiding"] for r in ranks))
-                seen["rate"].append(flops / mean(r["compute"] for r in ranks))
+                hops.append(
+                    [
+                        (max(hop["bytes"] for hop in same), mean(hop["hiding_s"] for hop in same))
+                        for same in zip(*(r["hops"] for r in ranks), strict=False)
+                    ]
+                )
         middle = {key: median(values) for key, values in seen.items()}
         return cls(
             tokens=tokens,
@@ -343,16 +360,18 @@ class Measured:
             exposed=middle.get("exposed", math.nan),
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
             sent_bytes=int(middle.get("bytes", 0)),
-            hiding_s=middle["hiding"],
-            rate=middle["rate"],
+            hops=[
+                (median(nbytes for nbytes, _ in same), median(hiding for _, hiding in same))
+                for same in zip(*hops, strict=False)
+            ],
         )
 
 
-def predicted(shape: Shape, direction: str, mask: str, rates: dict[int, float], w: float) -> float:
-    """The break-even with the rate that folds of its length have."""
+def predicted(rates: dict[int, float], bytes_s: float) -> float:
+    """The break-even, with the rate that calls of its length have."""
     tokens = 1024.0
     for _ in range(20):
-        tokens = shape.break_even(direction, mask, _at(rates, tokens), w)
+        tokens = _at(rates, tokens) / bytes_s
     return tokens
 
 
@@ -383,7 +402,7 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
             }
             for mbit in options.mbit:
                 w = ring.link(mbit)
-                rates, expected = first, predicted(ring.shape, direction, mask, first, w)
+                rates, expected = first, predicted(first, w)
                 lengths = [max(32, round(share * expected / 32) * 32) for share in SHARES]
                 points = [
                     ring.run(direction, mask, tokens, options.rounds)
@@ -392,7 +411,7 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
                 ]
                 if points:  # the rate of these minutes
                     rates = {point.tokens: point.rate for point in points}
-                    expected = predicted(ring.shape, direction, mask, rates, w)
+                    expected = predicted(rates, w)
                 rows.append(
                     {
                         "ranks": ring.size,
@@ -420,7 +439,6 @@ HEADER = (
 
 def print_row(row: dict[str, Any]) -> None:
     """One bandwidth, a line per shard length."""
-    shape = Shape(**row["shape"])
     expected, found = row["predicted_tokens"], row["measured_tokens"]
     start = (
         f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{row['link_bytes_s'] / 1e6:6.1f}"
@@ -428,8 +446,7 @@ def print_row(row: dict[str, Any]) -> None:
     )
     for point in row["points"]:
         p = Measured(**point)
-        hops_s = shape.hop_bytes(row["direction"], p.tokens) / row["link_bytes_s"]
-        guess_s = p.alone_s + max(0.0, hops_s - p.hiding_s)
+        guess_s = p.call_s(row["link_bytes_s"])
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
             f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"
