@@ -17,6 +17,7 @@ from .mask_algebra import Mask, refuse
 from .merged import merges
 from .plan import Plan, plan
 from .prediction import Candidate, Prediction
+from .schedules import travellers_of
 from .shapes import Shapes
 from .simulate import Timeline, simulate
 from .stages import ring_bytes, stages
@@ -85,10 +86,12 @@ def predict(
         for schedule in _schedules(world, nodes, degree, generator, resident)
     ]
     trials = _Trials(mask, layout, keys, shapes, machine)
-    made = []
-    for schedule in tried:
-        for both in _travellers(schedule["generator"], traveller, backward):
-            made.append((schedule, both))
+    made = [
+        (schedule, both)
+        for schedule in tried
+        for both in _travellers(schedule["generator"], traveller, backward)
+        if generator != "auto" or schedule["generator"] == "direct" or "q" not in both
+    ]
     sample = world > SAMPLED and len(made) > 1
     found = [trials.predicted(*trial, backward, sample) for trial in made]
     fit = [p for p in found if p.memory_bytes <= limit]
@@ -127,7 +130,8 @@ def _schedules(
     ring = world // ulysses
     if generator != "auto":
         per_node = {"ranks_per_node": nodes} if generator == "double" and nodes > 1 else {}
-        return [{"generator": generator, "resident": resident, **per_node, **dealt}]
+        held = {"resident": resident} if generator == "direct" or resident != 1 else {}
+        return [{"generator": generator, **held, **per_node, **dealt}]
     counts = [r for r in (1, 2, 4, 8, 16, 32) if r < ring - 1] + [max(ring - 1, 1)]
     tried = [{"generator": "direct", "resident": r, **dealt} for r in counts]
     if ring > 2:  # of two ranks it is direct
@@ -137,12 +141,11 @@ def _schedules(
     return tried
 
 
-def _travellers(
-    generator: str, traveller: str | Travellers, backward: bool
-) -> list[Travellers | str]:
-    """What may travel with a generator; a name that is not "auto" is for ``plan`` to check."""
-    if traveller != "auto":
-        return [traveller]
+def _travellers(generator: str, traveller: str | Travellers, backward: bool) -> list[Travellers]:
+    """What may travel with a generator."""
+    both = travellers_of(traveller, "direct")  # what is not for the generator, ``plan`` refuses
+    if both is not None:
+        return [both]
     if generator != "direct":
         return [("kv", "kv")]
     return list(product(("kv", "q"), ("kv", "q") if backward else ("kv",)))
@@ -170,7 +173,7 @@ class _Trials:
     phases: dict[str, _Phase] = field(default_factory=dict)
 
     def predicted(
-        self, schedule: Schedule, traveller: Travellers | str, backward: bool, sample: bool
+        self, schedule: Schedule, traveller: Travellers, backward: bool, sample: bool
     ) -> Prediction:
         """Of all ranks, or of a sample."""
         world = self.layout.world_size
@@ -178,11 +181,11 @@ class _Trials:
         if sample or world > WHOLE_RING:
             count = SAMPLED if world <= 512 else SAMPLED // 2
             ranks = sorted({i * (world - 1) // (count - 1) for i in range(count)})
-        both = (traveller, traveller) if isinstance(traveller, str) else traveller
         phases = [
-            self._phase(schedule, both[back], bool(back), ranks) for back in range(1 + backward)
+            self._phase(schedule, traveller[back], bool(back), ranks)
+            for back in range(1 + backward)
         ]
-        named = {"traveller": both} if "q" in both else {}
+        named = {"traveller": traveller} if "q" in traveller else {}
         return Prediction(
             self.mask,
             self.layout,

@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Predictions against counts by brute force, closed forms, and what real rings borrow."""
+"""Predictions: in closed form where there is one, and what is chosen."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
-import json
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import ring_attention as ra
-from ring_attention.__main__ import main
-from ring_attention.buffers import BufferPool
-from ring_attention.costs import Costs, break_even
-from ring_attention.figures import DEVICES, LINKS, Device, Link, Machine, load, save
+from ring_attention.costs import break_even
+from ring_attention.figures import Device, Link, Machine
 from ring_attention.predict import predict
 from ring_attention.shapes import Shapes
-from ring_attention.simulate import simulate
-from ring_attention.stages import ring_bytes, stages
 
 # The package's attributes of these names are functions.
 predict_module = importlib.import_module("ring_attention.predict")
+
 
 SHAPES = Shapes(12, 6, 16, dtype="float32")
 
@@ -34,116 +28,6 @@ def machine(link: Link, launch_s: float = 0.0, cpu_s_per_byte: float = 0.0) -> M
     """Nothing costs time but the kernels, the link, and what is asked for."""
     rates = {"bfloat16": 1e12, "float32": 1e12}
     return Machine(Device("test", rates, rates, 1e12, 1e30, launch_s, cpu_s_per_byte), link)
-
-
-def costs(mask: ra.Mask, layout: ra.Layout, m: Machine, backward: bool, **how: Any) -> list[Costs]:
-    plans = [ra.plan(mask, layout, rank=r, **how) for r in range(layout.world_size)]
-    return [Costs(p, SHAPES, m, backward) for p in plans]
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "direct": {"generator": "direct"},
-    "chain": {"generator": "chain"},
-    "three resident": {"generator": "direct", "resident": 3},
-    "double": {"generator": "double", "ranks_per_node": 3},
-    "queries": {"traveller": "q"},
-    "queries backward": {"traveller": ("kv", "q"), "resident": 2},
-    "ulysses": {"ulysses": 2},
-    "ulysses alone": {"ulysses": 6},
-    "ulysses, queries": {"ulysses": 3, "traveller": ("q", "kv")},
-    "ulysses, double": {"ulysses": 2, "generator": "double", "ranks_per_node": 6},
-}
-MASKS: dict[str, ra.Mask] = {
-    "full": ra.Full(),
-    "causal": ra.Causal(),
-    "window": ra.Causal() & ra.Window(13, 0),
-    "documents": ra.Causal() & ra.Documents([0, 7, 30, 61]),
-}
-
-
-@dataclass
-class Counted:
-    """Of one rank of a real ring: bytes sent, and the most on loan from its pool."""
-
-    sent: int = 0
-    now: int = 0
-    most: int = 0
-
-
-def counted_call(group: ra.VirtualGroup, layout: ra.Layout, mask: ra.Mask, how: Any) -> Any:
-    """Forward and backward; what each took."""
-    count = counts[id(group.pool)] = counts[id(group)] = Counted()
-    rows = layout.sizes[group.rank]
-    q, k, v = (
-        torch.randn(1, heads, rows, 16, requires_grad=True)
-        for heads in (SHAPES.heads, SHAPES.kv_heads, SHAPES.kv_heads)
-    )
-    made = ra.plan(mask, layout, group=group, **how)
-    out = ra.attention(q, k, v, plan=made, group=group)
-    forward = count.sent, count.most
-    count.sent, count.most = 0, count.now
-    assert isinstance(out, torch.Tensor)
-    out.sum().backward()
-    assert count.now == 0
-    return forward, (count.sent, count.most)
-
-
-counts: dict[int, Counted] = {}  # by the id of a rank's group and of its pool
-
-
-@pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    lease, give_back, post = BufferPool.lease, BufferPool.give_back, ra.VirtualGroup.post
-
-    def leased(self: BufferPool, *args: Any, **kwargs: Any) -> Any:
-        made = lease(self, *args, **kwargs)
-        count = counts[id(self)]
-        count.now += made.flat.numel() * made.flat.element_size()
-        count.most = max(count.most, count.now)
-        return made
-
-    def returned(self: BufferPool, made: Any) -> None:
-        counts[id(self)].now -= made.flat.numel() * made.flat.element_size()
-        give_back(self, made)
-
-    def posted(self: ra.VirtualGroup, messages: Any) -> Any:
-        counts[id(self)].sent += sum(m.nbytes for m in messages if m.sending)
-        return post(self, messages)
-
-    monkeypatch.setattr(BufferPool, "lease", leased)
-    monkeypatch.setattr(BufferPool, "give_back", returned)
-    monkeypatch.setattr(ra.VirtualGroup, "post", posted)
-
-
-@pytest.mark.usefixtures("counting")
-@pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_bytes_and_buffers_are_those_of_a_real_ring(mask: str, how: str) -> None:
-    layout = ra.Zigzag(61, 6)
-    measured = ra.run_virtual(6, counted_call, layout, MASKS[mask], SCHEDULES[how])
-    for backward in (False, True):
-        made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
-        todo = [stages(c) for c in made]
-        timelines = simulate(made, todo)
-        sent, buffers = [t.sent_bytes for t in timelines], map(ring_bytes, made, todo)
-        assert list(zip(sent, buffers, strict=True)) == [rank[backward] for rank in measured]
-        assert sum(t.sent_bytes for t in timelines) == sum(t.received_bytes for t in timelines) > 0
-
-
-@pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_computing_is_that_of_the_plans(mask: str, how: str) -> None:
-    layout = ra.Zigzag(61, 6)
-    for backward in (False, True):
-        made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
-        for c, t in zip(made, simulate(made, [stages(c) for c in made]), strict=True):
-            steps = c.plan.backward_steps if backward else c.plan.steps
-            heads = SHAPES.heads // c.plan.ulysses
-            flops = sum(step.flops for step in steps) * 4 * heads * 16 * (2.5 if backward else 1)
-            assert t.compute_s == pytest.approx(flops / 1e12)
-            assert t.seconds == pytest.approx(t.compute_s + t.wait_s + t.post_s)
-            spans = [(e.start_s, e.end_s) for e in t.events if e.name != "transfer"]
-            assert all(a[1] <= b[0] + 1e-15 for a, b in pairwise(spans))
 
 
 def test_break_even_in_closed_form() -> None:
@@ -240,6 +124,102 @@ def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
         ra.plan(ra.Causal(), layout, rank=0, shapes=shapes, machine=m, ranks_per_node=2)
 
 
+PROBLEMS: dict[str, tuple[ra.Mask, ra.Layout, ra.Layout, Shapes, Machine]] = {
+    "heads to deal": (
+        ra.Causal(),
+        ra.Zigzag(8 * 2048, 8),
+        ra.Zigzag(8 * 2048, 8),
+        Shapes(32, 8, 128),
+        Machine("H100", "100G", node_link="NVLink", ranks_per_node=4),
+    ),
+    "one K/V head": (
+        ra.Causal() & ra.Window(3000, 0),
+        ra.Contiguous(8 * 2048, 8),
+        ra.Contiguous(8 * 2048, 8),
+        Shapes(8, 1, 128),
+        Machine("A100", "100G"),
+    ),
+    "as many K/V heads": (
+        ra.Full(),
+        ra.Contiguous(5 * 2048, 5),
+        ra.Contiguous(5 * 2048, 5),
+        Shapes(16, 16, 64),
+        Machine("H100", "200G"),
+    ),
+    "few queries": (
+        ra.Full(),
+        ra.Contiguous(6 * 16, 6),
+        ra.Contiguous(6 * 8192, 6),
+        Shapes(16, 4, 128),
+        Machine("H100", "10G"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_chosen_schedule_is_the_best_of_all(name: str) -> None:
+    mask, q_layout, k_layout, shapes, m = PROBLEMS[name]
+    world, nodes = q_layout.world_size, m.ranks_per_node
+
+    def named(**how: Any) -> ra.Prediction:
+        return predict(mask, q_layout, shapes, m, k_layout=k_layout, **how)
+
+    every = []
+    for ulysses in (n for n in range(1, world + 1) if world % n == shapes.kv_heads % n == 0):
+        every.append(named(generator="chain", ulysses=ulysses))
+        if nodes > ulysses:
+            every.append(named(generator="double", ulysses=ulysses))
+        for resident, both in product((1, 2, 4, max(world // ulysses - 1, 1)), BOTH):
+            every.append(
+                named(generator="direct", resident=resident, ulysses=ulysses, traveller=both)
+            )
+    best = named()
+    assert best.seconds <= 1.01 * min(p.seconds for p in every)
+    like_it = [p for p in every if p.schedule == best.schedule]
+    assert like_it and like_it[0].seconds == best.seconds
+    assert {repr(c.schedule) for c in best.candidates} <= {repr(p.schedule) for p in every}
+    assert best.seconds <= 1.01 * best.candidates[0].seconds
+    if name == "few queries":
+        assert best.traveller == ("q", "q") and "q/q travel" in best.explain()
+    if name == "heads to deal":
+        assert best.ulysses > 1 and f"ulysses={best.ulysses}" in best.explain()
+    made = ra.plan(mask, q_layout=q_layout, k_layout=k_layout, rank=1, shapes=shapes, machine=m)
+    assert made.prediction is not None and made.prediction.schedule == best.schedule
+    assert (made.ulysses, made.traveller) == (best.ulysses, best.traveller)
+
+
+BOTH = tuple(product(("kv", "q"), ("kv", "q")))
+
+
+def test_dealing_heads_in_closed_form() -> None:
+    """Ulysses alone: q, k, v go and out, lse come back, nothing hides them, the work is shared."""
+    layout, shapes = ra.Contiguous(4 * 1000, 4), Shapes(8, 8, 16)
+    p = predict(ra.Full(), layout, shapes, machine(Link("l", 1e9)), ulysses=4)
+    share = 1000 * 2 * 16 * 2  # bytes of q, k, v or out: rows of a rank, two heads
+    lse = 1000 * 2 * 4
+    there, back = 3 * 3 * share / 1e9, 3 * (share + lse) / 1e9  # three peers, one after another
+    work_s = 4 * 4000**2 * 16 * 2 / 1e12
+    for phase, factor in ((p.forward, 1.0), (p.backward, 2.5)):
+        for t in phase:
+            assert t.compute_s == pytest.approx(factor * work_s)
+            assert t.wait_s == pytest.approx(there + back)
+            assert t.sent_bytes == t.received_bytes == pytest.approx(1e9 * (there + back))
+
+
+def test_queries_that_travel_in_closed_form() -> None:
+    """16 queries per rank over 10,000 keys: their hop hides behind the fold of what stays."""
+    q_layout, k_layout = ra.Contiguous(4 * 16, 4), ra.Contiguous(4 * 10_000, 4)
+    shapes, m = Shapes(8, 8, 64), machine(Link("l", 1e9))
+    keys_forward, keys_backward = break_even(shapes, m, traveller=("q", "q"))
+    moved = 64 * 2 + (64 + 2) * 4, (64 + 64) * 2 + 2 * 4 + 64 * 4  # Q and state; Q, dO, stats, dQ
+    assert keys_forward == pytest.approx(moved[0] * 1e12 / (4 * 64 * 1e9))
+    assert keys_backward == pytest.approx(moved[1] * 1e12 / (2.5 * 4 * 64 * 1e9))
+    p = predict(ra.Full(), q_layout, shapes, m, k_layout=k_layout, generator="direct")
+    assert p.traveller == ("q", "q") and keys_forward < 10_000 and keys_backward < 10_000
+    assert p.exposed_s == pytest.approx(0.0, abs=1e-12)
+    assert p.bytes_sent == 3 * 16 * 8 * sum(moved)
+
+
 def test_memory_decides() -> None:
     layout, shapes = ra.Zigzag(8 * 256, 8), Shapes(32, 8, 128)
     quick = machine(Link("l", 1e12), launch_s=1e-3)  # launches are dear: everything at once
@@ -272,6 +252,15 @@ def test_a_thousand_ranks() -> None:
 
 
 def test_refusals() -> None:
+    layout, m = ra.Contiguous(64, 4), machine(Link("l", 1e9))
+    with pytest.raises(ValueError, match=r"expected ulysses to divide kv_heads = 6, got 4"):
+        predict(ra.Full(), layout, SHAPES, m, ulysses=4)
+    with pytest.raises(ValueError, match=r"plan: expected ulysses of \[1, 2, 4\], got 3"):
+        predict(ra.Full(), layout, SHAPES, m, ulysses=3)
+    with pytest.raises(ValueError, match=r'plan: expected traveller "kv" with chain, got'):
+        predict(ra.Full(), layout, SHAPES, m, generator="chain", traveller="q")
+    with pytest.raises(ValueError, match=r"both shapes and machine, got .*'machine': None"):
+        ra.plan(ra.Full(), layout, rank=0, shapes=SHAPES, memory_bytes=1e9)
     with pytest.raises(ValueError, match=r"Machine: expected a device of \['A100'.*got 'TPU'"):
         Machine("TPU", "400G")
     with pytest.raises(ValueError, match=r"expected a link of .*got 'string'"):
@@ -284,63 +273,6 @@ def test_refusals() -> None:
         Shapes(8, 8, 64, dtype="fp8")
     with pytest.raises(ValueError, match=r"Device: expected a dtype of .* for H100, got 'float32'"):
         predict(ra.Full(), ra.Contiguous(64, 2), SHAPES, Machine("H100", "400G"))
-
-
-def test_figures_are_values(tmp_path: Path) -> None:
-    for device in DEVICES:
-        for link in LINKS:
-            assert str(Machine(device.lower(), link)) == f"{device}, {link}"
-    made = Machine("CPU", "10G")
-    save(tmp_path / "figures.json", made, measured="never")
-    assert load(tmp_path / "figures.json") == made
-    assert json.loads((tmp_path / "figures.json").read_text())["measured"] == "never"
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"figures.load: expected a file of figures, got"):
-        load(tmp_path / "bad.json")
-
-
-def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "plan.png"
-    pytest.importorskip("matplotlib")
-    words = f"--tokens 64K --gpus 8 --kv-heads 8 --device H100 --link 400G --draw {picture}"
-    assert main(["plan", *words.split()]) == 0
-    said = capsys.readouterr().out
-    assert "65,536 tokens on 8 ranks" in said and "predicted by a simulation" in said
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    words = "--tokens 4K --gpus 4 --documents 3000 100 --window 512 --dtype fp32 --device cpu"
-    assert main(["plan", *words.split(), "--forward"]) == 0
-    said = capsys.readouterr().out
-    assert "DocumentBalanced" in said and "backward  " not in said
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        ("--device TPU", "expected a device of"),
-        ("--layout documents", "needs --documents"),
-        ("--memory 0.0001", "expected a schedule within 100 KB"),
-        ("--gpus-per-node 2", "node_link and ranks_per_node"),
-        ("--device missing.json", "expected a file of figures"),
-        ("--kv-heads 5", "heads to be a multiple of kv_heads"),
-    ],
-)
-def test_plan_command_refuses(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--tokens", "64K", "--gpus", "4", *words.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "figures.json"
-    words = f"{file} --tokens 256 --rounds 1 --megabytes 1 --dtype float32"
-    assert main(["calibrate", *words.split()]) == 0
-    assert "GFLOP/s" in capsys.readouterr().out
-    measured = load(file)
-    assert measured.device.rate("float32", True) > 1e8 and measured.link.bytes_per_s > 1e6
-    assert (
-        main(["plan", "--tokens", "4K", "--gpus", "2", "--dtype", "fp32", "--device", str(file)])
-        == 0
-    )
-    assert main(["calibrate", str(tmp_path / "no" / "figures.json")]) == 2
 
 
 def test_examples() -> None:
