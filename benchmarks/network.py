@@ -13,12 +13,14 @@ communication costs: waiting (the worst rank's share of its time), and the CPU t
 the kernel's network take from folds (theft; both ranks together, of the calls' CPU time).
 
 Predicted is the shard from which every hop is hidden behind the folds that hide it. A hop carries
-bytes like c, tokens per rank, and its folds take time like c^2, so c = R / W, with R = c bytes per
-second of folding, of the hop that needs most, in calls without messages, and W, the bytes/s of a
-link in one direction; both are measured here. For whole blocks that is the planner's closed form,
+bytes like c, tokens per rank, and its folds take time like c^2, so a call without messages says of
+which c that holds: c times what the hop that needs most would take over its folds. A link carries W
+bytes/s in one direction, and moving a byte takes CPU time from the folds (theft), which hides as
+much; both are measured on idle links. For whole blocks that is the planner's closed form,
 
-    forward   c >= (G/H) (e/2) F/W          e bytes per element of K/V, F useful FLOP/s of a rank's
-    backward  c >= (G/H) (e+4)/5 F/W        folds; twice that for balanced causal masks
+    forward   c >= (G/H) (e/2) F (1/W - 2s)     e bytes per element of K/V, F useful FLOP/s of a
+    backward  c >= (G/H) (e+4)/5 F (1/W - 2s)   rank's folds, s seconds taken per byte sent or
+                                                received; twice that for balanced causal masks
 
 with two terms that it leaves out: the own block, which hides all hops between two ranks, folds at a
 rate of its own (a causal one has more diagonal tiles), and backward it is split between two hops.
@@ -96,14 +98,17 @@ class Rank:
         self.post: Callable[..., Pending] = self.transport.post
 
     def link(self, nbytes: int) -> dict[str, float]:
-        """Bytes/s to the next rank while as many come from the one before; after a pause."""
+        """Bytes/s to the next rank while as many come from the one before, after a pause.
+
+        And CPU seconds per byte sent or received.
+        """
         out, into = (torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2))
-        rates = []
+        rates, taken = [], []
         for _ in range(8):
             dist.barrier()
             time.sleep(0.05)
             dist.barrier()
-            start_s = time.monotonic()
+            start_s, cpu_s = time.monotonic(), time.process_time()
             works = [
                 dist.irecv(into, (self.rank - 1) % self.size),
                 dist.isend(out, (self.rank + 1) % self.size),
@@ -111,7 +116,8 @@ class Rank:
             for work in works:
                 work.wait()
             rates.append(nbytes / (time.monotonic() - start_s))
-        return {"bytes_s": median(rates[1:])}
+            taken.append((time.process_time() - cpu_s) / (2 * nbytes))
+        return {"bytes_s": median(rates[1:]), "cpu_s_per_byte": median(taken[1:])}
 
     def _call(self, mask: str, tokens: int, direction: str) -> Callable[[], Any]:
         shape, layout = self.shape, ra.Zigzag(tokens * self.size, self.size)
@@ -169,6 +175,7 @@ class Rank:
                                     sum(leg.bytes for leg in e.legs if leg.sending == way)
                                     for way in (True, False)
                                 ),
+                                "moved": e.bytes,
                                 "hiding_s": sum(
                                     c.seconds
                                     for c in events
@@ -228,12 +235,12 @@ class Ring:
             raise RuntimeError("a rank died; its error is above")
         return [json.loads(answer) for answer in answers]
 
-    def link(self, mbit: float) -> float:
-        """Shapes the links; what they carry then, in bytes/s of payload."""
+    def link(self, mbit: float) -> "Shaped":
+        """Shapes the links; what the slowest carries then, of payload, and what that takes."""
         self.links.shape(mbit)
-        return min(
-            answer["bytes_s"] for answer in self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
-        )
+        answers = self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
+        taken = mean(answer["cpu_s_per_byte"] for answer in answers)
+        return Shaped(min(answer["bytes_s"] for answer in answers), taken)
 
     def run(
         self,
@@ -287,6 +294,33 @@ def ring(size: int, shape: Shape) -> Iterator[Ring]:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A link: payload in one direction, and CPU seconds per byte sent or received."""
+
+    bytes_s: float
+    cpu_s_per_byte: float
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Of a call without messages, the larger of the ranks' bytes, the mean of their folds.
+
+    Attributes:
+        nbytes: in the busier direction.
+        moved: sent and received by a rank.
+        hiding_s: of the folds that hide it.
+    """
+
+    nbytes: float
+    moved: float
+    hiding_s: float
+
+    def over(self, link: Shaped) -> float:
+        """Seconds on a link, less what moving the bytes adds to the folds that hide it."""
+        return self.nbytes / link.bytes_s - self.moved * link.cpu_s_per_byte
+
+
+@dataclass(frozen=True)
 class Measured:
     """Medians over the rounds; of ranks the slowest, CPU time and bytes their sum.
 
@@ -296,8 +330,7 @@ class Measured:
         exposed: time that a hop took from both ends having posted, over that of the folds that hide
             it, of that rank's worst hop; at most 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
-        hops: bytes of every hop, in the busier direction, and seconds of the folds that hide it,
-            without messages, the mean of the ranks.
+        hops: of every hop; its folds without messages.
     """
 
     tokens: int
@@ -307,25 +340,21 @@ class Measured:
     exposed: float
     theft_s: float
     sent_bytes: int
-    hops: list[tuple[float, float]]
+    hops: list[Hop]
 
-    @property
-    def rate(self) -> float:
-        """Bytes tokens per second of the hop that needs most: over W, the break-even."""
-        return max(
-            (self.tokens * nbytes / max(hiding, 1e-9) for nbytes, hiding in self.hops), default=0.0
-        )
+    def break_even(self, link: Shaped) -> float:
+        """Predicted: the tokens per rank from which the hop that needs most is hidden."""
+        return self.tokens * max((hop.over(link) / hop.hiding_s for hop in self.hops), default=0.0)
 
-    def call_s(self, bytes_s: float) -> float:
+    def call_s(self, link: Shaped) -> float:
         """Predicted: a call with its messages."""
-        return self.alone_s + sum(
-            max(0.0, nbytes / bytes_s - hiding) for nbytes, hiding in self.hops
-        )
+        late_s = sum(max(0.0, hop.over(link) - hop.hiding_s) for hop in self.hops)
+        return self.alone_s + link.cpu_s_per_byte * sum(hop.moved for hop in self.hops) + late_s
 
     @classmethod
     def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
         seen: dict[Any, list[float]] = defaultdict(list)
-        hops: list[list[tuple[float, float]]] = []
+        hops: list[list[Hop]] = []
         for ranks in turns:
             sending = ranks[0]["sending"]
             seconds = max(r["end_s"] for r in ranks) - min(r["start_s"] for r in ranks)
@@ -347,7 +376,11 @@ class Measured:
             else:
                 hops.append(
                     [
-                        (max(hop["bytes"] for hop in same), mean(hop["hiding_s"] for hop in same))
+                        Hop(
+                            max(hop["bytes"] for hop in same),
+                            max(hop["moved"] for hop in same),
+                            max(mean(hop["hiding_s"] for hop in same), 1e-9),
+                        )
                         for same in zip(*(r["hops"] for r in ranks), strict=False)
                     ]
                 )
@@ -361,27 +394,28 @@ class Measured:
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
             sent_bytes=int(middle.get("bytes", 0)),
             hops=[
-                (median(nbytes for nbytes, _ in same), median(hiding for _, hiding in same))
+                Hop(same[0].nbytes, same[0].moved, median(hop.hiding_s for hop in same))
                 for same in zip(*hops, strict=False)
             ],
         )
 
 
-def predicted(rates: dict[int, float], bytes_s: float) -> float:
-    """The break-even, with the rate that calls of its length have."""
+def predicted(points: list[Measured], link: Shaped) -> float:
+    """The break-even, from calls of about its length."""
+    each = {point.tokens: point.break_even(link) for point in points}
     tokens = 1024.0
     for _ in range(20):
-        tokens = _at(rates, tokens) / bytes_s
+        tokens = _at(each, tokens)
     return tokens
 
 
-def _at(rates: dict[int, float], tokens: float) -> float:
-    lengths = sorted(rates)
+def _at(values: dict[int, float], tokens: float) -> float:
+    lengths = sorted(values)
     for low, high in pairwise(lengths):
         if low <= tokens <= high:
             share = math.log(tokens / low) / math.log(high / low)
-            return rates[low] + share * (rates[high] - rates[low])
-    return rates[lengths[0] if tokens < lengths[0] else lengths[-1]]
+            return values[low] + share * (values[high] - values[low])
+    return values[lengths[0] if tokens < lengths[0] else lengths[-1]]
 
 
 def measured_break_even(points: list[Measured]) -> float:
@@ -395,23 +429,22 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for mask in options.mask:
         for direction in options.direction:
-            first = {
-                tokens: ring.run(direction, mask, tokens, 1, sending=False).rate
+            first = [
+                ring.run(direction, mask, tokens, 1, sending=False)
                 for tokens in RATE_TOKENS
                 if tokens <= options.max_tokens
-            }
+            ]
             for mbit in options.mbit:
-                w = ring.link(mbit)
-                rates, expected = first, predicted(first, w)
+                link = ring.link(mbit)
+                expected = predicted(first, link)
                 lengths = [max(32, round(share * expected / 32) * 32) for share in SHARES]
                 points = [
                     ring.run(direction, mask, tokens, options.rounds)
                     for tokens in lengths
                     if tokens <= options.max_tokens
                 ]
-                if points:  # the rate of these minutes
-                    rates = {point.tokens: point.rate for point in points}
-                    expected = predicted(rates, w)
+                if points:  # the folds of these minutes
+                    expected = predicted(points, link)
                 rows.append(
                     {
                         "ranks": ring.size,
@@ -419,8 +452,7 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
                         "mask": mask,
                         "direction": direction,
                         "mbit": mbit,
-                        "link_bytes_s": w,
-                        "rates": rates,
+                        "link": asdict(link),
                         "predicted_tokens": expected,
                         "measured_tokens": measured_break_even(points),
                         "points": [asdict(point) for point in points],
@@ -439,14 +471,15 @@ HEADER = (
 
 def print_row(row: dict[str, Any]) -> None:
     """One bandwidth, a line per shard length."""
+    link = Shaped(**row["link"])
     expected, found = row["predicted_tokens"], row["measured_tokens"]
     start = (
-        f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{row['link_bytes_s'] / 1e6:6.1f}"
+        f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{link.bytes_s / 1e6:6.1f}"
         f"{expected:21.0f}{found:9.0f}{expected / found:8.2f} |"
     )
     for point in row["points"]:
-        p = Measured(**point)
-        guess_s = p.call_s(row["link_bytes_s"])
+        p = Measured(**point | {"hops": [Hop(**hop) for hop in point["hops"]]})
+        guess_s = p.call_s(link)
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
             f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"
@@ -465,12 +498,12 @@ def structure(ring: Ring, options: argparse.Namespace) -> None:
     for mask in options.mask:
         for direction in options.direction:
             folder = Path(ring.folder) / f"{direction}-{mask}"
-            w, tokens = ring.link(options.mbit[0]), options.tokens
+            link, tokens = ring.link(options.mbit[0]), options.tokens
             point = ring.run(direction, mask, tokens, options.rounds, folder=folder)
             print(
                 f"\n{direction}, {mask}, {tokens} tokens per rank, {options.mbit[0]:g} Mbit "
-                f"({w / 1e6:.1f} MB/s): {point.seconds:.3f} s with messages, {point.alone_s:.3f} "
-                "without; per call:"
+                f"({link.bytes_s / 1e6:.1f} MB/s): {point.seconds:.3f} s with messages, "
+                f"{point.alone_s:.3f} without; per call:"
             )
             timeline = read(folder)
             print_pairs(timeline, ring.size, options.rounds)

@@ -25,6 +25,7 @@ def break_even(
     over W: K/V forward, K/V and fp32 gradients backward; so in 16 bits c >= (G/H) F/W forward and
     1.2 (G/H) F/W backward. Balanced causal masks do half the work per hop: twice the tokens. (The
     first K/V and the last gradients of a backward share the own block as they share the bytes.)
+    What the transport takes from the kernels for a byte sent and one received hides as much of 1/W.
     Tokens are those of what stays: of queries if K/V travel, of keys if queries do.
 
     Example:
@@ -38,7 +39,8 @@ def break_even(
     def tokens(what: str, backward: bool) -> float:
         moved = shapes.block_bytes(what, backward, 1) + shapes.home_bytes(what, backward, 1)
         rate = device.rate(shapes.dtype, backward) / (2.5 if backward else 1.0)
-        return moved * rate / (work * link.bytes_per_s)
+        over_s = max(0.0, 1 / link.bytes_per_s - 2 * device.cpu_s_per_byte)
+        return moved * over_s * rate / work
 
     return tokens(traveller[0], False), tokens(traveller[1], True)
 
