@@ -21,9 +21,8 @@ def explain(prediction: Prediction) -> str:
 def _problem(p: Prediction) -> list[str]:
     layout, shapes, world = p.layout, p.shapes, p.layout.world_size
     who = "every rank" if len(p.ranks) == world else f"ranks {p.ranks}, in step"
-    keys = "" if p.k_layout == layout else f" of queries, {p.k_layout.length:,} of keys"
     return [
-        f"{p.mask!r} over {layout.length:,} tokens{keys} on {world} ranks, {type(layout).__name__}",
+        f"{p.mask!r} over {tokens(p)} on {world} ranks, {type(layout).__name__}",
         f"  {shapes.heads} heads, {shapes.kv_heads} K/V heads of {shapes.head_dim}, "
         f"{shapes.dtype}, batch {shapes.batch}; {p.machine}",
         f"  schedule: {how(p.schedule)}",
@@ -48,13 +47,13 @@ def _phases(p: Prediction) -> list[str]:
 
 
 def _remarks(p: Prediction) -> list[str]:
-    tokens = sorted(p.layout.sizes)
+    sizes = sorted(p.layout.sizes)
     lines = [
         "",
         f"  memory per rank: {size(p.memory_bytes)}, of which message buffers "
         f"{size(max(p.ring_memory))} (attention alone: no weights, no other activations)",
         f"  compute: {p.imbalance:.3f} times the mean at most; tokens per rank: "
-        f"{tokens[0]:,} to {tokens[-1]:,}",
+        f"{sizes[0]:,} to {sizes[-1]:,}",
     ]
     if p.ulysses < p.layout.world_size > 1:
         causal = p.imbalance < 1.1 and _half(p.mask)
@@ -94,6 +93,13 @@ def how(schedule: dict[str, Any]) -> str:
     both = words.pop("traveller", None)
     text = ", ".join(f"{name}={value}" for name, value in words.items())
     return text if both is None else f"{text}, {'/'.join(both)} travel"
+
+
+def tokens(p: Prediction) -> str:
+    """How many there are."""
+    if p.k_layout.length == p.layout.length:
+        return f"{p.layout.length:,} tokens"
+    return f"{p.layout.length:,} tokens of queries, {p.k_layout.length:,} of keys"
 
 
 def _half(mask: Mask) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .explain import how
+from .explain import how, tokens
 from .prediction import Prediction
 
 _COLORS = {
@@ -72,7 +72,7 @@ def draw(prediction: Prediction, path: str | Path) -> None:
         axes.set_xlabel(f"{unit}, predicted")
         exposed = 100 * prediction.exposed_s / prediction.seconds if prediction.seconds else 0.0
         axes.set_title(
-            f"Predicted: {prediction.layout.length:,} tokens on {prediction.layout.world_size} "
+            f"Predicted: {tokens(prediction)} on {prediction.layout.world_size} "
             f"ranks, {prediction.machine}: {exposed:.1f}% of the time exposed\n"
             f"{how(prediction.schedule)}",
             loc="left",
