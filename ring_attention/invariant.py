@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ring's folds with ``invariant``: pairs of tiles, joined along trees; Note [invariant].
+
+The steps and messages are those of loop.py. What a fold does is different: one kernel call per pair
+of tiles, from zero, and what it gives waits in a tree for the other half.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import loop, ops
+from .mask_algebra import refuse
+from .messages import Blocks, Messages, Rows, Sums
+from .rank_plan import Plan
+from .ring import Transport
+from .steps import Step, Transfer
+from .tiles import Tiles, Tree
+
+Value = tuple[Tensor, ...]  # of a tile: a state (acc, m, l), dq, or dk and dv
+
+
+class Trees:
+    """A tree per tile, over the tiles that it sees or that see it; buffers are used again.
+
+    Args:
+        make: a new buffer, unwritten.
+        join: adds the second value to the first, in place.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        leaves: dict[int, list[int]],
+        make: Callable[[], Value],
+        join: Callable[[Value, Value], None],
+    ) -> None:
+        def joined(left: Value, right: Value) -> Value:
+            join(left, right)
+            self.give_back(right)
+            return left
+
+        self._make = make
+        self._spare: list[Value] = []
+        self._trees = {tile: Tree(count, others, joined) for tile, others in leaves.items()}
+
+    def __getitem__(self, tile: int) -> Tree[Value]:
+        return self._trees[tile]
+
+    def buffer(self) -> Value:
+        return self._spare.pop() if self._spare else self._make()
+
+    def zeros(self) -> Value:
+        value = self.buffer()
+        for x in value:
+            x.zero_()
+        return value
+
+    def give_back(self, value: Value) -> None:
+        self._spare.append(value)
+
+    def write(self, tile: int, outs: Sequence[Tensor]) -> None:
+        """What a tree gives, rounded, once all of it is joined; that is once."""
+        value = self[tile].pending.pop(1, None)
+        if value is not None:
+            for x, out in zip(value, outs, strict=True):
+                out.copy_(x)
+            self.give_back(value)
+
+
+def _add(left: Value, right: Value) -> None:
+    for x, y in zip(left, right, strict=True):
+        x += y
+
+
+def _join_states(left: Value, right: Value) -> None:
+    (acc, m, l), (other_acc, other_m, other_l) = left, right  # noqa: E741
+    ops.combine_(acc, m, l, other_acc, other_m, other_l)
+
+
+def _cut(tiles: Sequence[int], rows: int) -> dict[int, slice]:
+    """Where the tiles of a shard are in it."""
+    return {tile: slice(n * rows, (n + 1) * rows) for n, tile in enumerate(tiles)}
+
+
+def forward(
+    plan: Plan,
+    transport: Transport,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """As loop.forward."""
+    tiles = _tiles(plan, q)
+    own = _cut(tiles.q_held[plan.rank], tiles.q_rows)
+    queries = {i: q[:, :, at] for i, at in own.items()}
+    seen = {i: tiles.seen_by(i) for i in own}
+    some_q = q[:, :, : tiles.q_rows]
+    states = Trees(tiles.count, seen, lambda: ops.empty_state(some_q, v), _join_states)
+    out, lse = ops.empty_output(q, v)
+    tile_lse = lse.new_empty(some_q.shape[:3])
+    blocks = Blocks(transport, "K/V", Rows((k, v)))
+
+    def fold(step: Step) -> None:
+        where = {j: (o, at) for o in step.folds for j, at in plan.places(o).items()}
+        for i, j in tiles.to_fold(plan.rank, where):
+            origin, at = where[j]
+            k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
+            begin, end = tiles.intervals(i, j, q.device)
+            state = states.buffer()
+            ops.block_forward_(
+                queries[i],
+                [k],
+                [v],
+                [begin],
+                [end],
+                sinks if j == seen[i][0] else None,  # they count once, in the first leaf
+                *state,
+                None,
+                None,
+                first=True,
+                last=False,
+                scale=scale,
+                softcap=softcap,
+            )
+            states[i].add(j, state)
+            if (state := states[i].pending.pop(1, None)) is not None:
+                ops.finish_(*state, out[:, :, own[i]], tile_lse)
+                lse[:, :, own[i]] = tile_lse
+                states.give_back(state)
+
+    loop.around(plan, transport, blocks, fold)
+    for i, at in own.items():
+        if not seen[i]:  # out = 0, lse = -inf or the sink
+            ops.block_forward_(
+                queries[i],
+                [],
+                [],
+                [],
+                [],
+                sinks,
+                None,
+                None,
+                None,
+                out[:, :, at],
+                tile_lse,
+                first=True,
+                last=True,
+                scale=scale,
+                softcap=softcap,
+            )
+            lse[:, :, at] = tile_lse
+    return out, lse
+
+
+class _TileSums(Sums):
+    """dK/dV on their way home, by tile: a message has the nodes of trees that a rank could join."""
+
+    def __init__(
+        self, transport: Transport, tiles: Tiles, own: Rows, trees: Trees, done: Callable[[], None]
+    ) -> None:
+        super().__init__(transport, "dK/dV", own)
+        self._tiles = tiles
+        self._trees = trees
+        self._done = done
+
+    def exchange(self, messages: Messages, step: Step) -> None:
+        for transfer in step.grad_sends:
+            message = self.own.in_buffer(self._transport.pool, transfer.num_rows)
+            for j, node, parts in self._parts(message, self._transport.rank, transfer):
+                value = self._trees[j].pending.pop(node)
+                for part, x in zip(parts, value, strict=True):
+                    part.copy_(x)
+                self._trees.give_back(value)
+            messages.send(message, transfer, self._kind, last=True)
+        for transfer in step.grad_recvs:
+            self._in.append((transfer, messages.receive(self.own, transfer, self._kind)))
+
+    def add_arrived(self, following: int, held_rows: dict[int, int]) -> None:
+        for transfer, message in self._arrived(following):
+            for j, node, parts in self._parts(message, transfer.peer, transfer):
+                value = self._trees.buffer()
+                for part, x in zip(parts, value, strict=True):
+                    x.copy_(part)
+                self._trees[j].add_node(node, value)
+            assert message.lease is not None
+            self._transport.pool.give_back(message.lease)
+        self._done()
+
+    def _parts(
+        self, message: Rows, sender: int, transfer: Transfer
+    ) -> list[tuple[int, int, list[Tensor]]]:
+        """Key tile, node and rows of what is in a message."""
+        rows = self._tiles.k_rows
+        return [
+            (j, node, [x[:, :, n * rows : (n + 1) * rows] for x in message.tensors])
+            for n, (j, node) in enumerate(self._tiles.going_home(sender, transfer.origin))
+        ]
+
+
+def backward(
+    plan: Plan,
+    transport: Transport,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As loop.backward, but of dsinks rank 0 has all and the others have zeros."""
+    tiles, rank = _tiles(plan, q), plan.rank
+    own = _cut(tiles.q_held[rank], tiles.q_rows)
+    own_keys = _cut(tiles.k_held[rank], tiles.k_rows)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    rows = {}
+    for i, at in own.items():
+        part = dlse if dlse is None else dlse[:, :, at].contiguous()
+        delta = ops.delta(out[:, :, at], dout[:, :, at], part)
+        rows[i] = q[:, :, at], dout[:, :, at], lse[:, :, at].contiguous(), delta
+
+    def make(*like: tuple[Tensor, int]) -> Callable[[], Value]:
+        return lambda: tuple(lse.new_empty((*x.shape[:2], n, x.shape[3])) for x, n in like)
+
+    seen = {i: tiles.seen_by(i) for i in own}
+    viewers = {j: tiles.viewers(j) for j in range(tiles.count)}
+    dqs = Trees(tiles.count, seen, make((q, tiles.q_rows)), _add)
+    dkvs = Trees(tiles.count, viewers, make((k, tiles.k_rows), (v, tiles.k_rows)), _add)
+
+    def done() -> None:
+        for j, at in own_keys.items():
+            dkvs.write(j, (dk[:, :, at], dv[:, :, at]))
+
+    blocks = Blocks(transport, "K/V", Rows((k, v)))
+    like = Rows(tuple(lse.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (k, v)))
+    sums = _TileSums(transport, tiles, like, dkvs, done)
+
+    def fold(origins: Sequence[int], keys: loop.Keys) -> None:
+        where = {j: (o, at) for o in origins for j, at in plan.places(o).items()}
+        if keys is not None:
+            where = {j: place for j, place in where.items() if keys[0] <= place[1] < keys[1]}
+        for i, j in tiles.to_fold(rank, where):
+            origin, at = where[j]
+            k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
+            begin, end = tiles.intervals(i, j, q.device)
+            (into,), (into_k, into_v) = dqs.zeros(), dkvs.zeros()
+            ops.block_backward_(
+                *rows[i],
+                [k],
+                [v],
+                [begin],
+                [end],
+                into,
+                [into_k],
+                [into_v],
+                scale=scale,
+                softcap=softcap,
+            )
+            dqs[i].add(j, (into,))
+            dqs.write(i, (dq[:, :, own[i]],))
+            dkvs[j].add(i, (into_k, into_v))
+            if j in own_keys:
+                done()
+
+    steps = plan.backward_steps
+    loop.send_home(plan, steps, plan.held_rows, transport, "backward", blocks, sums, fold)
+    dsinks = lse.new_empty(0)
+    if sinks is not None:
+        each = {i: ops.sink_gradient(sinks, lse, delta) for i, (_, _, lse, delta) in rows.items()}
+        dsinks = _sum_over_ranks(tiles, transport, each, sinks)
+    return dq, dk, dv, dsinks
+
+
+def _sum_over_ranks(
+    tiles: Tiles, transport: Transport, each: dict[int, Tensor], like: Tensor
+) -> Tensor:
+    """The sum over all tiles on rank 0 and zeros elsewhere: whoever adds ranks up gets it exactly.
+
+    Args:
+        each: of the own tiles, shaped like `like`.
+    """
+    mine = like.new_zeros((tiles.count, *like.shape))
+    for i, value in each.items():
+        mine[i] = value
+    gathered = transport.gather_equal(mine)
+    if transport.rank > 0:
+        return torch.zeros_like(like)
+    tree: Tree[Tensor] = Tree(tiles.count, range(tiles.count), torch.add)
+    for held, parts in zip(tiles.q_held, gathered, strict=True):
+        for i in held:
+            tree.add(i, parts[i])
+    return tree.pending[1]
+
+
+def _tiles(plan: Plan, q: Tensor) -> Tiles:
+    assert plan.tiles is not None
+    name = "RING_ATTENTION_CUDA_BACKWARD"
+    if q.is_cuda and os.environ.get(name) == "atomic":
+        remedy = "its sums have no order: unset it, or leave invariant out"
+        refuse("attention", f"no {name}=atomic with invariant", "it", remedy)
+    return plan.tiles
