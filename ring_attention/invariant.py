@@ -63,10 +63,14 @@ class Trees:
     def give_back(self, value: Value) -> None:
         self._spare.append(value)
 
+    def take(self, tile: int) -> Value | None:
+        """What a tree gives, when all of it is joined: once."""
+        pending = self._trees[tile].pending
+        return pending.pop(1) if 1 in pending else None
+
     def write(self, tile: int, outs: Sequence[Tensor]) -> None:
-        """What a tree gives, rounded, once all of it is joined; that is once."""
-        value = self[tile].pending.pop(1, None)
-        if value is not None:
+        """Writes what a tree gives, rounded, if all of it is joined."""
+        if (value := self.take(tile)) is not None:
             for x, out in zip(value, outs, strict=True):
                 out.copy_(x)
             self.give_back(value)
@@ -114,7 +118,7 @@ def forward(
             origin, at = where[j]
             k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
             begin, end = tiles.intervals(i, j, q.device)
-            state = states.buffer()
+            acc, m, l = states.buffer()  # noqa: E741
             ops.block_forward_(
                 queries[i],
                 [k],
@@ -122,7 +126,9 @@ def forward(
                 [begin],
                 [end],
                 sinks if j == seen[i][0] else None,  # they count once, in the first leaf
-                *state,
+                acc,
+                m,
+                l,
                 None,
                 None,
                 first=True,
@@ -130,11 +136,15 @@ def forward(
                 scale=scale,
                 softcap=softcap,
             )
-            states[i].add(j, state)
-            if (state := states[i].pending.pop(1, None)) is not None:
-                ops.finish_(*state, out[:, :, own[i]], tile_lse)
-                lse[:, :, own[i]] = tile_lse
-                states.give_back(state)
+            states[i].add(j, (acc, m, l))
+            finish(i)
+
+    def finish(i: int) -> None:
+        if (state := states.take(i)) is not None:
+            acc, m, l = state  # noqa: E741
+            ops.finish_(acc, m, l, out[:, :, own[i]], tile_lse)
+            lse[:, :, own[i]] = tile_lse
+            states.give_back(state)
 
     loop.around(plan, transport, blocks, fold)
     for i, at in own.items():
@@ -164,12 +174,17 @@ class _TileSums(Sums):
     """dK/dV on their way home, by tile: a message has the nodes of trees that a rank could join."""
 
     def __init__(
-        self, transport: Transport, tiles: Tiles, own: Rows, trees: Trees, done: Callable[[], None]
+        self,
+        transport: Transport,
+        tiles: Tiles,
+        own: Rows,
+        trees: Trees,
+        write: Callable[[int], None],
     ) -> None:
         super().__init__(transport, "dK/dV", own)
         self._tiles = tiles
         self._trees = trees
-        self._done = done
+        self._write = write
 
     def exchange(self, messages: Messages, step: Step) -> None:
         for transfer in step.grad_sends:
@@ -190,9 +205,9 @@ class _TileSums(Sums):
                 for part, x in zip(parts, value, strict=True):
                     x.copy_(part)
                 self._trees[j].add_node(node, value)
+                self._write(j)
             assert message.lease is not None
             self._transport.pool.give_back(message.lease)
-        self._done()
 
     def _parts(
         self, message: Rows, sender: int, transfer: Transfer
@@ -238,13 +253,13 @@ def backward(
     dqs = Trees(tiles.count, seen, make((q, tiles.q_rows)), _add)
     dkvs = Trees(tiles.count, viewers, make((k, tiles.k_rows), (v, tiles.k_rows)), _add)
 
-    def done() -> None:
-        for j, at in own_keys.items():
-            dkvs.write(j, (dk[:, :, at], dv[:, :, at]))
+    def write(j: int) -> None:
+        if j in own_keys:
+            dkvs.write(j, (dk[:, :, own_keys[j]], dv[:, :, own_keys[j]]))
 
     blocks = Blocks(transport, "K/V", Rows((k, v)))
     like = Rows(tuple(lse.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (k, v)))
-    sums = _TileSums(transport, tiles, like, dkvs, done)
+    sums = _TileSums(transport, tiles, like, dkvs, write)
 
     def fold(origins: Sequence[int], keys: loop.Keys) -> None:
         where = {j: (o, at) for o in origins for j, at in plan.places(o).items()}
@@ -270,8 +285,7 @@ def backward(
             dqs[i].add(j, (into,))
             dqs.write(i, (dq[:, :, own[i]],))
             dkvs[j].add(i, (into_k, into_v))
-            if j in own_keys:
-                done()
+            write(j)
 
     steps = plan.backward_steps
     loop.send_home(plan, steps, plan.held_rows, transport, "backward", blocks, sums, fold)

@@ -40,8 +40,8 @@ class Plan:
         backward_steps: what to do in the backward; the same, if the same travels.
         ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
             merged layouts and for its share of the heads; None without.
-        tiles: with ``invariant``, what the sequence is cut into, and blocks and gradients travel in:
-            see Note [invariant] in tiles.py; None without.
+        tiles: with ``invariant``, what the sequence is cut into, and blocks and gradients travel
+            in, see Note [invariant] in tiles.py; None without.
         prediction: what the schedule takes on the machine it was chosen for, if any.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
