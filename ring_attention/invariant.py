@@ -15,75 +15,13 @@ from torch import Tensor
 
 from . import loop, ops
 from .mask_algebra import refuse
-from .messages import Blocks, Messages, Rows, Sums
+from .messages import Blocks, Rows
 from .rank_plan import Plan
 from .ring import Transport
-from .steps import Step, Transfer
-from .tiles import Tiles, Tree
-
-Value = tuple[Tensor, ...]  # of a tile: a state (acc, m, l), dq, or dk and dv
-
-
-class Trees:
-    """A tree per tile, over the tiles that it sees or that see it; buffers are used again.
-
-    Args:
-        make: a new buffer, unwritten.
-        join: adds the second value to the first, in place.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        leaves: dict[int, list[int]],
-        make: Callable[[], Value],
-        join: Callable[[Value, Value], None],
-    ) -> None:
-        def joined(left: Value, right: Value) -> Value:
-            join(left, right)
-            self.give_back(right)
-            return left
-
-        self._make = make
-        self._spare: list[Value] = []
-        self._trees = {tile: Tree(count, others, joined) for tile, others in leaves.items()}
-
-    def __getitem__(self, tile: int) -> Tree[Value]:
-        return self._trees[tile]
-
-    def buffer(self) -> Value:
-        return self._spare.pop() if self._spare else self._make()
-
-    def zeros(self) -> Value:
-        value = self.buffer()
-        for x in value:
-            x.zero_()
-        return value
-
-    def give_back(self, value: Value) -> None:
-        self._spare.append(value)
-
-    def take(self, tile: int) -> Value | None:
-        """What a tree gives, when all of it is joined: once."""
-        pending = self._trees[tile].pending
-        return pending.pop(1) if 1 in pending else None
-
-    def write(self, tile: int, outs: Sequence[Tensor]) -> None:
-        """Writes what a tree gives, rounded, if all of it is joined."""
-        if (value := self.take(tile)) is not None:
-            for x, out in zip(value, outs, strict=True):
-                out.copy_(x)
-            self.give_back(value)
-
-
-def _add(left: Value, right: Value) -> None:
-    for x, y in zip(left, right, strict=True):
-        x += y
-
-
-def _join_states(left: Value, right: Value) -> None:
-    (acc, m, l), (other_acc, other_m, other_l) = left, right  # noqa: E741
-    ops.combine_(acc, m, l, other_acc, other_m, other_l)
+from .steps import Step
+from .tile_sums import TileSums
+from .tiles import Tiles
+from .tree import Tree, Trees, Value, add_sums, join_states
 
 
 def _cut(tiles: Sequence[int], rows: int) -> dict[int, slice]:
@@ -107,7 +45,7 @@ def forward(
     queries = {i: q[:, :, at] for i, at in own.items()}
     seen = {i: tiles.seen_by(i) for i in own}
     some_q = q[:, :, : tiles.q_rows]
-    states = Trees(tiles.count, seen, lambda: ops.empty_state(some_q, v), _join_states)
+    states = Trees(tiles.count, seen, lambda: ops.empty_state(some_q, v), join_states)
     out, lse = ops.empty_output(q, v)
     tile_lse = lse.new_empty(some_q.shape[:3])
     blocks = Blocks(transport, "K/V", Rows((k, v)))
@@ -170,56 +108,6 @@ def forward(
     return out, lse
 
 
-class _TileSums(Sums):
-    """dK/dV on their way home, by tile: a message has the nodes of trees that a rank could join."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        tiles: Tiles,
-        own: Rows,
-        trees: Trees,
-        write: Callable[[int], None],
-    ) -> None:
-        super().__init__(transport, "dK/dV", own)
-        self._tiles = tiles
-        self._trees = trees
-        self._write = write
-
-    def exchange(self, messages: Messages, step: Step) -> None:
-        for transfer in step.grad_sends:
-            message = self.own.in_buffer(self._transport.pool, transfer.num_rows)
-            for j, node, parts in self._parts(message, self._transport.rank, transfer):
-                value = self._trees[j].pending.pop(node)
-                for part, x in zip(parts, value, strict=True):
-                    part.copy_(x)
-                self._trees.give_back(value)
-            messages.send(message, transfer, self._kind, last=True)
-        for transfer in step.grad_recvs:
-            self._in.append((transfer, messages.receive(self.own, transfer, self._kind)))
-
-    def add_arrived(self, following: int, held_rows: dict[int, int]) -> None:
-        for transfer, message in self._arrived(following):
-            for j, node, parts in self._parts(message, transfer.peer, transfer):
-                value = self._trees.buffer()
-                for part, x in zip(parts, value, strict=True):
-                    x.copy_(part)
-                self._trees[j].add_node(node, value)
-                self._write(j)
-            assert message.lease is not None
-            self._transport.pool.give_back(message.lease)
-
-    def _parts(
-        self, message: Rows, sender: int, transfer: Transfer
-    ) -> list[tuple[int, int, list[Tensor]]]:
-        """Key tile, node and rows of what is in a message."""
-        rows = self._tiles.k_rows
-        return [
-            (j, node, [x[:, :, n * rows : (n + 1) * rows] for x in message.tensors])
-            for n, (j, node) in enumerate(self._tiles.going_home(sender, transfer.origin))
-        ]
-
-
 def backward(
     plan: Plan,
     transport: Transport,
@@ -250,8 +138,8 @@ def backward(
 
     seen = {i: tiles.seen_by(i) for i in own}
     viewers = {j: tiles.viewers(j) for j in range(tiles.count)}
-    dqs = Trees(tiles.count, seen, make((q, tiles.q_rows)), _add)
-    dkvs = Trees(tiles.count, viewers, make((k, tiles.k_rows), (v, tiles.k_rows)), _add)
+    dqs = Trees(tiles.count, seen, make((q, tiles.q_rows)), add_sums)
+    dkvs = Trees(tiles.count, viewers, make((k, tiles.k_rows), (v, tiles.k_rows)), add_sums)
 
     def write(j: int) -> None:
         if j in own_keys:
@@ -259,13 +147,13 @@ def backward(
 
     blocks = Blocks(transport, "K/V", Rows((k, v)))
     like = Rows(tuple(lse.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (k, v)))
-    sums = _TileSums(transport, tiles, like, dkvs, write)
+    sums = TileSums(transport, tiles, like, dkvs, write)
 
     def fold(origins: Sequence[int], keys: loop.Keys) -> None:
         where = {j: (o, at) for o in origins for j, at in plan.places(o).items()}
         if keys is not None:
             where = {j: place for j, place in where.items() if keys[0] <= place[1] < keys[1]}
-        for i, j in tiles.to_fold(rank, where):
+        for i, j in tiles.to_fold_backward(rank, where):
             origin, at = where[j]
             k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
             begin, end = tiles.intervals(i, j, q.device)

@@ -156,6 +156,7 @@ def plan(
             ulysses=ulysses,
             traveller=traveller,
             memory_bytes=memory_bytes,
+            invariant=invariant,
         )
     if shapes is not None and traveller != "auto":
         remedy = "leave shapes out, or pass a machine for a prediction"

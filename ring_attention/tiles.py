@@ -15,10 +15,9 @@ subtrees (contiguous: one, zigzag: two): their sums go home as they are, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,47 +27,9 @@ from .interval_cache import IntervalCache, key_intervals
 from .layout import Contiguous, Layout
 from .mask_algebra import refuse
 from .steps import Step, Transfer, step_of
+from .tree import Tree
 
 DEFAULT_TILES = 16
-
-T = TypeVar("T")
-
-
-class Tree(Generic[T]):
-    """A binary tree over tiles, joined from the leaves that exist up, in whatever order they come.
-
-    Node 1 is the root, 2n and 2n + 1 are the halves of node n, ``count`` + t is the leaf of tile t.
-
-    Args:
-        count: of tiles, a power of two.
-        tiles: those whose leaves exist.
-        join: of a left and a right half.
-
-    Attributes:
-        pending: values of nodes that wait for their other half; of node 1 once all is joined.
-    """
-
-    def __init__(self, count: int, tiles: Iterable[int], join: Callable[[T, T], T]) -> None:
-        self._count = count
-        self._join = join
-        self._exists = {(count + t) >> level for t in tiles for level in range(count.bit_length())}
-        self.pending: dict[int, T] = {}
-
-    def add(self, tile: int, value: T) -> None:
-        """The value of a tile."""
-        self.add_node(self._count + tile, value)
-
-    def add_node(self, node: int, value: T) -> None:
-        """The value of a node that was joined elsewhere."""
-        while node > 1:
-            other = node ^ 1
-            if other in self._exists:
-                if other not in self.pending:
-                    break
-                half = self.pending.pop(other)
-                value = self._join(value, half) if node < other else self._join(half, value)
-            node //= 2
-        self.pending[node] = value
 
 
 @dataclass(frozen=True)
@@ -118,8 +79,25 @@ class Tiles:
         return places
 
     def to_fold(self, rank: int, keys: Iterable[int]) -> list[tuple[int, int]]:
-        """The pairs of a rank's query tiles and some key tiles that exist."""
+        """The pairs of a rank's query tiles and some key tiles that exist.
+
+        In the order of a forward: a query tile's state is whole soonest.
+        """
         return [(i, j) for i in self.q_held[rank] for j in sorted(keys) if self.pairs[i][j]]
+
+    def to_fold_backward(self, rank: int, keys: Iterable[int]) -> list[tuple[int, int]]:
+        """The same, quarter by quarter: then sums of both kinds of tiles are whole soon.
+
+        What waits is at most one dQ and two dK/dV per row, however many tiles there are; row by row
+        of tiles it would be log2(count) dK/dV.
+        """
+        levels = range(self.count.bit_length())
+
+        def place(pair: tuple[int, int]) -> int:  # on a Z-order curve
+            i, j = pair
+            return sum((i >> b & 1) << 2 * b + 1 | (j >> b & 1) << 2 * b for b in levels)
+
+        return sorted(self.to_fold(rank, keys), key=place)
 
     def going_home(self, rank: int, origin: int) -> list[tuple[int, int]]:
         """What a rank has for the keys of another: (key tile, node of its tree), in message order.

@@ -2,6 +2,8 @@
 """invariant=: the same bits for every number of ranks, and refused where that cannot be."""
 
 import re
+import threading
+from collections import defaultdict
 from functools import lru_cache
 from typing import Any
 
@@ -10,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_attention import RingAttention, attention
+from ring_attention import Machine, RingAttention, Shapes, attention, pending, predict
 from ring_attention.layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ring_attention.mask import Causal, Documents, FirstTokens, Full, KeyLength, Window
 from ring_attention.plan import plan
-from ring_attention.tiles import Tree
+from ring_attention.tree import Tree, Trees
 from ring_attention.virtual import run_virtual
 from ring_cases import Case, Results, assert_exact, join, run_rank
 from strategies import masks
@@ -238,3 +240,50 @@ def test_layouts_that_cut_tiles_are_refused(layout: Layout, at: int | None) -> N
 def test_refused(how: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         plan(Causal(), **{"layout": Zigzag(N, 4), "rank": 0, "invariant": True, **how})
+
+
+@pytest.mark.parametrize("size,kind", [(1, Contiguous), (2, Zigzag), (4, Contiguous), (4, Zigzag)])
+@pytest.mark.parametrize("name", ["causal", "two-sided window"])
+def test_predicted_memory_is_what_trees_hold(
+    name: str, size: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    made: dict[str, list[int]] = defaultdict(list)  # buffers of each Trees, by thread
+    begin = Trees.__init__
+
+    def counting(self: Trees, count: int, leaves: Any, make: Any, join: Any) -> None:
+        numbers = made[threading.current_thread().name[-1]]
+        at = len(numbers)
+        numbers.append(0)
+
+        def counted() -> Any:
+            numbers[at] += 1
+            return make()
+
+        begin(self, count, leaves, counted, join)
+
+    monkeypatch.setattr(Trees, "__init__", counting)
+    sharded(case, size, kind)
+    k_bytes = (case.head_dim + (case.v_head_dim or case.head_dim)) * case.kv_heads * 4
+    for rank in range(size):
+        p = plan(case.mask, kind(N, size), rank=rank, invariant=True)
+        split = p.own_split(k_bytes, k_bytes)  # of float32, as the sums are
+        assert made[str(rank)] == [pending.states(p), *pending.sums(p, split)]
+        rows = len(p.tiles.q_held[rank]) if p.tiles else 0
+        assert pending.sums(p, split)[0] <= 2 * rows + 1
+
+
+def test_predictions_count_what_waits_and_what_goes_home() -> None:
+    shapes, machine = Shapes(8, 8, 64), Machine("H100", "400G")
+    layout = Zigzag(4096, 4)
+    ordinary = predict(Full(), layout, shapes, machine, generator="direct", traveller="kv")
+    predicted = plan(Full(), layout, rank=0, shapes=shapes, machine=machine, invariant=True)
+    found = predicted.prediction
+    assert found is not None and found.schedule["invariant"] == 16
+    assert "invariant=16" in predicted.explain()
+    assert found.memory_bytes > ordinary.memory_bytes and found.seconds > ordinary.seconds
+    # Two sums of every key tile that another rank reads, instead of one.
+    home = [sum(t.num_rows for s in predicted.steps for t in s.grad_sends)]
+    assert home == [2 * 3 * 1024]
+    sent = found.backward[0].sent_bytes - ordinary.backward[0].sent_bytes
+    assert sent == shapes.grad_bytes(3 * 1024)
