@@ -51,6 +51,9 @@ class Tiles:
     pairs: tuple[tuple[int, ...], ...]
     _reads: _planner.Reads = field(repr=False, compare=False)
     _cache: IntervalCache = field(default_factory=IntervalCache, repr=False, compare=False)
+    _home: dict[tuple[int, int], list[tuple[int, int]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def seen_by(self, i: int) -> list[int]:
         """The key tiles that query tile i sees."""
@@ -104,13 +107,16 @@ class Tiles:
 
         Each is k_rows rows of the message.
         """
-        nodes = []
-        for j in self.k_held[origin]:
-            tree: Tree[None] = Tree(self.count, self.viewers(j), lambda left, right: None)
-            for i in self.q_held[rank]:
-                if self.pairs[i][j]:
-                    tree.add(i, None)
-            nodes += [(j, node) for node in sorted(tree.pending)]
+        nodes = self._home.get((rank, origin))
+        if nodes is None:
+            nodes = []
+            for j in self.k_held[origin]:
+                tree: Tree[None] = Tree(self.count, self.viewers(j), lambda left, right: None)
+                for i in self.q_held[rank]:
+                    if self.pairs[i][j]:
+                        tree.add(i, None)
+                nodes += [(j, node) for node in sorted(tree.pending)]
+            self._home[rank, origin] = nodes
         return nodes
 
     def whole(self, rows: int) -> int:

@@ -66,13 +66,15 @@ class Trees:
         make: Callable[[], Value],
         join: Callable[[Value, Value], None],
     ) -> None:
-        def joined(left: Value, right: Value) -> Value:
+        spare: list[Value] = []
+
+        def joined(left: Value, right: Value) -> Value:  # without self: no cycle keeps buffers
             join(left, right)
-            self.give_back(right)
+            spare.append(right)
             return left
 
         self._make = make
-        self._spare: list[Value] = []
+        self._spare = spare
         self._trees = {tile: Tree(count, others, joined) for tile, others in leaves.items()}
 
     def __getitem__(self, tile: int) -> Tree[Value]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """invariant=: the same bits for every number of ranks, and refused where that cannot be."""
 
+import gc
 import re
 import threading
+import weakref
 from collections import defaultdict
 from functools import lru_cache
 from typing import Any
@@ -249,6 +251,7 @@ def test_predicted_memory_is_what_trees_hold(
 ) -> None:
     case = CASES[name]
     made: dict[str, list[int]] = defaultdict(list)  # buffers of each Trees, by thread
+    buffers: list[weakref.ref[torch.Tensor]] = []
     begin = Trees.__init__
 
     def counting(self: Trees, count: int, leaves: Any, make: Any, join: Any) -> None:
@@ -258,12 +261,19 @@ def test_predicted_memory_is_what_trees_hold(
 
         def counted() -> Any:
             numbers[at] += 1
-            return make()
+            value = make()
+            buffers.extend(map(weakref.ref, value))
+            return value
 
         begin(self, count, leaves, counted, join)
 
     monkeypatch.setattr(Trees, "__init__", counting)
-    sharded(case, size, kind)
+    gc.disable()
+    try:
+        sharded(case, size, kind)
+        assert not any(buffer() is not None for buffer in buffers)
+    finally:
+        gc.enable()
     k_bytes = (case.head_dim + (case.v_head_dim or case.head_dim)) * case.kv_heads * 4
     for rank in range(size):
         p = plan(case.mask, kind(N, size), rank=rank, invariant=True)
