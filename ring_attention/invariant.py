@@ -41,6 +41,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As loop.forward."""
     tiles = _tiles(plan, q)
+    q, k, v = map(_with_rows, (q, k, v))
     own = _cut(tiles.q_held[plan.rank], tiles.q_rows)
     queries = {i: q[:, :, at] for i, at in own.items()}
     seen = {i: tiles.seen_by(i) for i in own}
@@ -124,6 +125,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As loop.backward, but of dsinks rank 0 has all and the others have zeros."""
     tiles, rank = _tiles(plan, q), plan.rank
+    q, k, v, dout = map(_with_rows, (q, k, v, dout))
     own = _cut(tiles.q_held[rank], tiles.q_rows)
     own_keys = _cut(tiles.k_held[rank], tiles.k_rows)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -203,6 +205,11 @@ def _sum_over_ranks(
         for i in held:
             tree.add(i, parts[i])
     return tree.pending[1]
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Copied here where kernels would copy every tile of it in every pair."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _tiles(plan: Plan, q: Tensor) -> Tiles:

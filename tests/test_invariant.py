@@ -54,7 +54,11 @@ def alone(case: Case) -> Results:
 
 def assert_same_bits(got: Results, want: Results) -> None:
     assert got.keys() == want.keys()
-    different = [name for name in want if not torch.equal(got[name], want[name])]
+
+    def bits(x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().view(torch.uint8)
+
+    different = [name for name in want if not torch.equal(bits(got[name]), bits(want[name]))]
     assert not different
 
 
@@ -104,11 +108,11 @@ def test_tiles_in_any_hands() -> None:
         )
 
 
-@pytest.mark.parametrize("tiles", [2, 8, 32])
-def test_other_numbers_of_tiles(tiles: int) -> None:
+@pytest.mark.vm
+@pytest.mark.parametrize("tiles,size,kind", [(2, 2, Contiguous), (4, 2, Zigzag), (32, 8, Zigzag)])
+def test_other_numbers_of_tiles(tiles: int, size: int, kind: Any) -> None:
     case = Case(64, mask=Window(20, 9))
-    size = min(tiles, 8) // 2
-    got = sharded(case, size, Zigzag, invariant=tiles)
+    got = sharded(case, size, kind, invariant=tiles)
     assert_exact(got, case)
     assert_same_bits(got, sharded(case, 1, invariant=tiles))
 
