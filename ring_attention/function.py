@@ -94,8 +94,9 @@ def attention(
                 f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
                 "a plan carries its mask"
             )
-        made_for = 0 if plan.tiles is None else plan.tiles.count
-        if invariant is not False and tile_count(invariant) != made_for:
+        if invariant is not False and (
+            plan.tiles is None or tile_count(invariant) != plan.tiles.count
+        ):
             raise ValueError(
                 f"{where}: expected a plan with invariant={invariant}, got {plan!r}; pass "
                 "invariant to plan(...): a plan carries it"

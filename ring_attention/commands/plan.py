@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
             k_layout=_layout(args, bounds, args.tokens),
             generator=args.generator,
             resident=args.resident,
-            invariant=args.invariant or False,
+            invariant=False if args.invariant is None else args.invariant,
             ulysses=args.ulysses,
             traveller=args.traveller[0] if len(args.traveller) == 1 else tuple(args.traveller),
             memory_bytes=None if args.memory is None else args.memory * 1e9,
