@@ -173,10 +173,9 @@ class Costs:
 
     def pack_s(self, transfers: Sequence[tuple[Transfer, bool]]) -> float:
         """Reading and writing the rows that have to be packed before they are sent."""
-        tiles = self.ring.tiles is not None  # sums of tiles are put into one message
-        packed = sum(
-            self.message_bytes(t, home) for t, home in transfers if self.packs(t) or home and tiles
-        )
+        tiles = self.ring.tiles is not None  # their sums are put into one message
+        copied = [(t, home) for t, home in transfers if self.packs(t) or (home and tiles)]
+        packed = sum(self.message_bytes(t, home) for t, home in copied)
         return 2 * packed / self.machine.device.memory_bytes_per_s
 
     def packs(self, transfer: Transfer) -> bool:
