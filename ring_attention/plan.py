@@ -185,8 +185,10 @@ def plan(
     both = travellers_of(traveller, generator)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
-    if both is None:
-        both = ("kv", "kv") if shapes is None else cheapest(shapes, reads, q_layout, k_layout)
+    if both is None:  # and one rank sends nothing
+        both = "kv", "kv"
+        if shapes is not None and q_layout.world_size > 1:
+            both = cheapest(shapes, reads, q_layout, k_layout)
     made = {
         what: tuple(
             step_of(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
