@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from . import pending
 from .figures import Machine
 from .plan import Plan
 from .shapes import Shapes
@@ -121,9 +122,11 @@ class Costs:
         pairs = (step.flops - own_part) * samples
         flops = shapes.flops_per_pair * pairs * (2.5 if self.backward else 1.0)
         seconds = flops / device.rate(shapes.dtype, self.backward)
-        for carried in self._carried_bytes(step):
-            seconds += device.launch_s + 2 * carried / device.memory_bytes_per_s
-        return seconds
+        launches = self._carried_bytes(step)
+        overhead = sum(device.launch_s + 2 * x / device.memory_bytes_per_s for x in launches)
+        if self.ring.tiles is not None:  # a launch per pair of tiles, in either part of a step
+            overhead *= 1.0 - own_part / step.flops
+        return seconds + overhead
 
     def _carried_bytes(self, step: Step) -> list[int]:
         """What every launch of a step reads and writes beside its blocks: sums that stay, states.
@@ -131,6 +134,12 @@ class Costs:
         K/V blocks share a launch, but for the own one of a backward; queries have one each.
         """
         shapes, ring = self.share, self.ring
+        if (tiles := ring.tiles) is not None:
+            keys = [j for origin in step.folds for j in ring.places(origin)]
+            # A state is written, two are read to write one; sums are cleared and added to first.
+            state, dq, dkv = self._tile_bytes
+            carried = 3 * (dq + dkv) if self.backward else 2 * state
+            return [carried] * len(tiles.to_fold(ring.rank, keys))
         if self.traveller == "q":
             if self.backward:
                 return [shapes.grad_bytes(ring.k_layout.sizes[ring.rank])] * len(step.folds)
@@ -140,13 +149,33 @@ class Costs:
         alone = self.backward and ring.rank in step.folds and len(step.folds) > 1
         return [carried] * (2 if alone else 1)
 
+    @cached_property
+    def _tile_bytes(self) -> tuple[int, int, int]:
+        """With tiles: of a state, dQ and dK/dV of one."""
+        tiles, shapes = self.ring.tiles, self.share
+        assert tiles is not None
+        state = shapes.query_bytes(tiles.q_rows, 0, shapes.v_head_dim + 2)
+        dq = shapes.query_bytes(tiles.q_rows, 0, shapes.head_dim)
+        return state, dq, shapes.grad_bytes(tiles.k_rows)
+
+    def _waiting_bytes(self) -> int:
+        """With tiles: what waits in their trees, at most."""
+        state, dq, dkv = self._tile_bytes
+        if not self.backward:
+            return pending.states(self.ring) * state
+        split = self.ring.own_split(self.block_bytes(1), self.home_bytes(1), self.steps)
+        dqs, dkvs = pending.sums(self.ring, split)
+        return dqs * dq + dkvs * dkv
+
     def message_bytes(self, transfer: Transfer, home: bool) -> int:
         """On the wire."""
         return (self.home_bytes if home else self.block_bytes)(transfer.num_rows)
 
     def pack_s(self, transfers: Sequence[tuple[Transfer, bool]]) -> float:
         """Reading and writing the rows that have to be packed before they are sent."""
-        packed = sum(self.message_bytes(t, home) for t, home in transfers if self.packs(t))
+        tiles = self.ring.tiles is not None  # their sums are put into one message
+        copied = [(t, home) for t, home in transfers if self.packs(t) or (home and tiles)]
+        packed = sum(self.message_bytes(t, home) for t, home in copied)
         return 2 * packed / self.machine.device.memory_bytes_per_s
 
     def packs(self, transfer: Transfer) -> bool:
@@ -166,9 +195,13 @@ class Costs:
         d, dv, kv = shapes.head_dim, shapes.v_head_dim, shapes.kv_bytes(keys)
         if self.backward:  # q, dq, out, dout; lse, delta; k, v, dk, dv
             held = shapes.query_bytes(queries, 2 * (d + dv), 2) + 2 * kv
+            if plan.tiles is not None:
+                return held + self._waiting_bytes()
             summed = shapes.query_bytes(queries, 0, d) + shapes.grad_bytes(keys)
             return held + (summed if ring else 0)
         held = shapes.query_bytes(queries, d + dv, 1) + kv  # q, out; lse; k, v
+        if plan.tiles is not None:
+            return held + self._waiting_bytes()
         launches = sum(bool(step.folds) for step in self.steps)
         carries = ring and (launches > 1 or self.sends_home)
         return held + (shapes.query_bytes(queries, 0, dv + 2) if carries else 0)

@@ -26,6 +26,19 @@ def _numbered(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
     yield from zip(steps, [*numbers, steps[-1].number + 1], strict=True)
 
 
+def around(plan: Plan, transport: Transport, blocks: Blocks, fold: Callable[[Step], None]) -> None:
+    """Runs the steps of a forward; `fold` folds the blocks of one that has any."""
+    messages = Messages(transport, "forward")
+    for step, following in _numbered(plan.steps):
+        blocks.exchange(messages, step)
+        messages.post(step.number, following)
+        if step.folds:
+            with trace.begin("compute", "forward", transport, step.number):
+                fold(step)
+        messages.wait(step.number, following)
+        blocks.release(step.release)
+
+
 def forward(
     plan: Plan,
     transport: Transport,
@@ -62,16 +75,11 @@ def forward(
             softcap=softcap,
         )
 
-    messages = Messages(transport, "forward")
+    def fold_step(step: Step) -> None:
+        fold(step.folds, step.number == launches[0], step.number == launches[-1])
+
     blocks = Blocks(transport, "K/V", Rows((k, v)))
-    for step, following in _numbered(plan.steps):
-        blocks.exchange(messages, step)
-        messages.post(step.number, following)
-        if step.folds:
-            with trace.begin("compute", "forward", transport, step.number):
-                fold(step.folds, step.number == launches[0], step.number == launches[-1])
-        messages.wait(step.number, following)
-        blocks.release(step.release)
+    around(plan, transport, blocks, fold_step)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
         fold([], first=True, last=True)
     return out, lse

@@ -228,12 +228,15 @@ class Sums:
 
     def add_arrived(self, following: int, held_rows: dict[int, int]) -> None:
         """Adds what was due before the step `following`, in the order it was posted, always."""
-        arrived = [entry for entry in self._in if entry[0].due < following]
-        self._in = [entry for entry in self._in if entry[0].due >= following]
-        for transfer, rows in arrived:
+        for transfer, rows in self._arrived(following):
             self._add(self.of(transfer.origin, held_rows[transfer.origin]), transfer, rows)
             assert rows.lease is not None
             self._transport.pool.give_back(rows.lease)
+
+    def _arrived(self, following: int) -> list[tuple[Transfer, Rows]]:
+        arrived = [entry for entry in self._in if entry[0].due < following]
+        self._in = [entry for entry in self._in if entry[0].due >= following]
+        return arrived
 
     def _add(self, into: Rows, transfer: Transfer, rows: Rows) -> None:
         for total, x in zip(into.tensors, rows.tensors, strict=True):

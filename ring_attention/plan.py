@@ -22,6 +22,7 @@ from .rank_plan import Plan
 from .ring import degrees_of
 from .schedules import GENERATORS, cheapest, generator_of, nodes_of_ring, travellers_of
 from .steps import step_of
+from .tiles import tile_count, tiles_of
 
 if TYPE_CHECKING:
     from .figures import Machine
@@ -74,6 +75,7 @@ def plan(
     shapes: Shapes | None = None,
     machine: Machine | None = None,
     memory_bytes: float | None = None,
+    invariant: bool | int = False,
 ) -> Plan:
     """Makes one rank's plan; local and pure: no communication.
 
@@ -103,6 +105,10 @@ def plan(
         machine, memory_bytes: as in ``predict``, with shapes. What is left open (generator "auto",
             traveller "auto", no ulysses) is then what is predicted to be quickest within the
             memory, and the plan has a prediction.
+        invariant: the same bits for every number of ranks, in out, lse and gradients: all sums are
+            taken in an order that the mask fixes, over tiles of the whole sequence, 16 (True) or a
+            given power of two. Lengths are multiples of it and shards are made of whole tiles, as
+            those of Contiguous and Zigzag are; with K/V that travel, direct or along a chain.
 
     Raises:
         ValueError: arguments that do not fit together, or no schedule fits into memory.
@@ -150,12 +156,16 @@ def plan(
             ulysses=ulysses,
             traveller=traveller,
             memory_bytes=memory_bytes,
+            invariant=invariant,
         )
     if shapes is not None and traveller != "auto":
         remedy = "leave shapes out, or pass a machine for a prediction"
         refuse("plan", 'shapes without a machine only with traveller="auto"', traveller, remedy)
     ulysses = 1 if ulysses is None else ulysses
+    count = tile_count(invariant)
     if ulysses != 1:
+        if count:
+            refuse("plan", "ulysses == 1 with invariant", ulysses, "it deals out heads")
         ring = plan(
             mask,
             q_layout=Merged.of(q_layout, ulysses),
@@ -185,16 +195,26 @@ def plan(
     both = travellers_of(traveller, generator)
     samples = mask.segments(q_layout.length, k_layout.length)
     reads = _planner.Reads(samples, q_layout.table, k_layout.table)
-    if both is None:  # and one rank sends nothing
-        both = "kv", "kv"
-        if shapes is not None and q_layout.world_size > 1:
-            both = cheapest(shapes, reads, q_layout, k_layout)
-    made = {
-        what: tuple(
-            step_of(step) for step in reads.schedule(me, generator, resident, locals_, what == "q")
-        )
-        for what in set(both)
-    }
+    tiles = None
+    if count:
+        if generator == "double":
+            remedy = 'a double ring sums inside nodes: pass generator="direct" or "chain"'
+            refuse("plan", "one ring with invariant", f"ranks_per_node = {locals_}", remedy)
+        if both is not None and "q" in both:
+            refuse("plan", "K/V to travel with invariant", repr(traveller), 'pass traveller="kv"')
+        both = ("kv", "kv")
+        tiles = tiles_of(count, samples, q_layout, k_layout)
+        made = {"kv": tiles.steps(q_layout, k_layout, me, generator, resident)}
+    else:
+        if both is None:
+            both = "kv", "kv"
+            if shapes is not None and q_layout.world_size > 1:
+                both = cheapest(shapes, reads, q_layout, k_layout)
+        made = {
+            what: tuple(map(step_of, reads.schedule(me, generator, resident, locals_, what == "q")))
+            for what in set(both)
+        }
+    chosen = (generator, resident, locals_, *both, *((f"invariant {count}",) if count else ()))
     return Plan(
         rank=me,
         world_size=q_layout.world_size,
@@ -207,6 +227,7 @@ def plan(
         traveller=both,
         steps=made[both[0]],
         backward_steps=made[both[1]],
-        digest=_digest(mask, q_layout, k_layout, generator, resident, locals_, *both),
+        digest=_digest(mask, q_layout, k_layout, *chosen),
+        tiles=tiles,
         _reads=reads,
     )

@@ -21,6 +21,7 @@ from .schedules import travellers_of
 from .shapes import Shapes
 from .simulate import Timeline, simulate
 from .stages import ring_bytes, stages
+from .tiles import tile_count
 
 # Rings up to this size are simulated whole; of larger ones this many ranks (half of it above 512).
 WHOLE_RING, SAMPLED = 64, 8
@@ -42,6 +43,7 @@ def predict(
     traveller: str | Travellers = "auto",
     memory_bytes: float | None = None,
     backward: bool = True,
+    invariant: bool | int = False,
 ) -> Prediction:
     """Predicts a schedule on hardware, or finds the quickest one that fits into memory.
 
@@ -61,6 +63,7 @@ def predict(
         traveller: as in ``plan``; "auto" tries what may travel, for each direction.
         memory_bytes: what attention may take of a rank's memory; the device's by default.
         backward: forward and backward, or forward only.
+        invariant: as in ``plan``. Kernels are taken to be as quick on tiles as on whole blocks.
 
     Raises:
         ValueError: nothing fits into memory, or arguments that do not fit together.
@@ -73,8 +76,9 @@ def predict(
     """
     world, keys = layout.world_size, k_layout or layout
     limit = machine.device.memory_bytes if memory_bytes is None else memory_bytes
+    count = tile_count(invariant)
     degrees = [1] if ulysses is None else [ulysses]
-    if ulysses is None and generator == "auto":
+    if ulysses is None and generator == "auto" and not count:
         degrees = _degrees(shapes, layout, keys)
     elif shapes.kv_heads % degrees[0]:
         remedy = "a K/V head has one owner"
@@ -85,6 +89,13 @@ def predict(
         for degree in degrees
         for schedule in _schedules(world, nodes, degree, generator, resident)
     ]
+    if count:
+        traveller = "kv" if traveller == "auto" else traveller
+        tried = [
+            {**schedule, "invariant": count}
+            for schedule in tried
+            if schedule["generator"] != "double" or generator == "double"
+        ]
     trials = _Trials(mask, layout, keys, shapes, machine)
     made = [
         (schedule, both)

@@ -31,7 +31,7 @@ class Prediction:
     Attributes:
         mask, layout, k_layout, shapes, machine: what it was made for; layout is the queries'.
         schedule: the arguments of ``plan`` that choose it: generator, and what else it needs of
-            resident, ranks_per_node, ulysses, traveller.
+            resident, ranks_per_node, ulysses, traveller, invariant.
         forward, backward: per simulated rank; backward is empty without it.
         memory: bytes per simulated rank: tensors, state, gradients and the ring's buffers.
         ring_memory: those of the ring's buffers alone.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _planner
-from .interval_cache import IntervalCache, clipped
+from .interval_cache import IntervalCache, clipped, key_intervals
 from .layout import Layout
 from .mask_algebra import Mask, refuse
 from .registry import register
@@ -21,6 +21,7 @@ from .steps import Step, last_due
 
 if TYPE_CHECKING:
     from .prediction import Prediction
+    from .tiles import Tiles
 
 _CPU = torch.device("cpu")
 
@@ -39,6 +40,8 @@ class Plan:
         backward_steps: what to do in the backward; the same, if the same travels.
         ring: with ulysses > 1, the plan of this rank's ring of world_size / ulysses ranks, over the
             merged layouts and for its share of the heads; None without.
+        tiles: with ``invariant``, what the sequence is cut into, and blocks and gradients travel
+            in, see Note [invariant] in tiles.py; None without.
         prediction: what the schedule takes on the machine it was chosen for, if any.
         digest: 63 bits that are equal on all ranks, processes and machines for equal arguments.
     """
@@ -58,6 +61,7 @@ class Plan:
     traveller: tuple[str, str] = ("kv", "kv")
     ulysses: int = 1
     ring: Plan | None = field(default=None, repr=False, compare=False)
+    tiles: Tiles | None = field(default=None, repr=False)
     prediction: Prediction | None = field(default=None, repr=False, compare=False)
     _cache: IntervalCache = field(default_factory=IntervalCache, repr=False, compare=False)
     _query_cache: IntervalCache = field(default_factory=IntervalCache, repr=False, compare=False)
@@ -91,7 +95,7 @@ class Plan:
             return cached
         if origin not in self._held:
             refuse("Plan.intervals", f"an origin of {sorted(self._held)}", origin, "see Plan.steps")
-        both = self._intervals(self.rank, origin, self._held[origin])
+        both = key_intervals(self._reads, self.rank, origin, self._held[origin])
         return self._cache.put(key, clipped(both, keys), self.q_layout.sizes[self.rank])
 
     def query_intervals(
@@ -116,23 +120,17 @@ class Plan:
             return cached
         held = self._held_queries[origin]
         whole = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
-        both = self._intervals(origin, self.rank, whole)
+        both = key_intervals(self._reads, origin, self.rank, whole)
         if held.rows < both.shape[3]:
             index = torch.empty(held.rows, dtype=torch.int64)
             held.fill(index.data_ptr())
             both = both.index_select(3, index)
         return self._query_cache.put(key, clipped(both, keys), held.rows)
 
-    def _intervals(self, reader: int, origin: int, held: _planner.Ranges) -> Tensor:
-        """What all queries of a rank see of the rows held of a block of keys.
-
-        Returns:
-            begins and ends, int32 [2, n, B or 1, q_len], or [..., 1] if all rows are alike.
-        """
-        view = self._reads.key_intervals(reader, origin, held)
-        both = torch.empty(2, view.most, self._samples, view.rows, dtype=torch.int32)
-        used = view.fill(both[0].data_ptr(), both[1].data_ptr())
-        return both[:, :used].clone() if used < view.most else both
+    def places(self, origin: int) -> dict[int, int]:
+        """With tiles: where the key tiles of a block as held begin, by tile."""
+        assert self.tiles is not None
+        return self.tiles.places(origin, self._held[origin])
 
     def own_split(
         self, kv_itemsize: int, grad_itemsize: int, steps: Sequence[Step] | None = None
@@ -166,6 +164,8 @@ class Plan:
             rows = self.k_layout.sizes[self.rank]
             wanted = kv * done(rows) // (kv + grad)
             split = bisect_left(range(rows), wanted, key=done)
+            if self.tiles is not None:
+                split = self.tiles.whole(split)
             self._splits[kv, grad] = split
         return split
 
@@ -173,10 +173,6 @@ class Plan:
     def handle(self) -> Tensor:
         """An int64 CPU tensor that stands for this plan in compiled graphs; see registry.py."""
         return register(self)
-
-    @cached_property
-    def _samples(self) -> int:
-        return self._reads.samples
 
     @cached_property
     def _held(self) -> dict[int, _planner.Ranges]:
@@ -254,6 +250,8 @@ class Plan:
             how += f", heads over {self.ulysses}"
         if "q" in self.traveller:
             how += f", {'/'.join(self.traveller)} travel"
+        if self.tiles is not None:
+            how += f", invariant over {self.tiles.count} tiles"
         return (
             f"Plan({self.mask!r} on {layout}, {how}, rank {self.rank} of "
             f"{self.world_size}: {len(self.steps)} steps, {sum(self.flops)} pairs, "

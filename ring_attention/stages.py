@@ -166,7 +166,8 @@ def ring_bytes(costs: Costs, made: Sequence[Stage]) -> int:
         peak = max(peak, now)
 
     def sum_of(origin: int) -> None:
-        if origin != costs.ring.rank:
+        # Sums of tiles are no message buffers: they are counted in Costs.tensors_bytes.
+        if origin != costs.ring.rank and costs.ring.tiles is None:
             sums.setdefault(origin, costs.home_bytes(costs.held_rows[origin]))
 
     for stage in made:
@@ -179,7 +180,7 @@ def ring_bytes(costs: Costs, made: Sequence[Stage]) -> int:
             elif not letter.sending:
                 held[t.origin] = letter.nbytes
             elif letter.home:
-                size = sums.pop(t.origin)
+                size = sums.pop(t.origin, 0)
                 posted.append((letter.due, size + (letter.nbytes if size != letter.nbytes else 0)))
             elif costs.packs(t):
                 posted.append((letter.due, letter.nbytes))

@@ -111,10 +111,20 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", SCHEDULES)
 @pytest.mark.parametrize("mask", MASKS)
 def test_bytes_and_buffers_are_those_of_a_real_ring(mask: str, how: str) -> None:
-    layout = ra.Zigzag(61, 6)
-    measured = ra.run_virtual(6, counted_call, layout, MASKS[mask], SCHEDULES[how])
+    assert_as_measured(MASKS[mask], ra.Zigzag(61, 6), SCHEDULES[how])
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("how", [{"generator": "chain"}, {"resident": 2}], ids=repr)
+def test_bytes_and_buffers_of_tiles_too(mask: str, how: dict[str, Any]) -> None:
+    assert_as_measured(MASKS[mask], ra.Zigzag(64, 4), {"invariant": 8, **how})
+
+
+def assert_as_measured(mask: ra.Mask, layout: ra.Layout, how: dict[str, Any]) -> None:
+    measured = ra.run_virtual(layout.world_size, counted_call, layout, mask, how)
     for backward in (False, True):
-        made = costs(MASKS[mask], layout, backward, **SCHEDULES[how])
+        made = costs(mask, layout, backward, **how)
         todo = [stages(c) for c in made]
         timelines = simulate(made, todo)
         sent, buffers = [t.sent_bytes for t in timelines], map(ring_bytes, made, todo)

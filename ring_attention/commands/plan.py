@@ -21,6 +21,7 @@ from ..layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ..mask import Causal, Documents, Full, Mask, Window
 from ..predict import predict
 from ..shapes import Shapes
+from ..tiles import DEFAULT_TILES
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -92,6 +93,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "backward (default auto)",
     )
     add("--compare", action="store_true", help="list all schedules that were considered")
+    add(
+        "--invariant",
+        type=int,
+        nargs="?",
+        const=DEFAULT_TILES,
+        metavar="TILES",
+        help=f"the same bits for every number of ranks (tiles: default {DEFAULT_TILES})",
+    )
     add("--memory", type=float, metavar="GB", help="per rank (default: the device's)")
     add("--forward", action="store_true", help="forward only")
     add("--draw", type=Path, metavar="FILE", help="a picture, ranks x time: .png, .svg or .pdf")
@@ -161,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
             k_layout=_layout(args, bounds, args.tokens),
             generator=args.generator,
             resident=args.resident,
+            invariant=False if args.invariant is None else args.invariant,
             ulysses=args.ulysses,
             traveller=args.traveller[0] if len(args.traveller) == 1 else tuple(args.traveller),
             memory_bytes=None if args.memory is None else args.memory * 1e9,
