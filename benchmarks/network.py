@@ -25,8 +25,8 @@ much; both are measured on idle links. For whole blocks that is the planner's cl
 with two terms that it leaves out: the own block, which hides all hops between two ranks, folds at a
 rate of its own (a causal one has more diagonal tiles), and backward it is split between two hops.
 Measured is where waiting ends, as the shards that wait have it: c times a hop's time over that of
-the folds that hide it, of the hop that is worst. The time of a call is predicted from the one
-without messages: plus what hops take longer than those folds.
+the folds that hide it, of the hop that is worst. The time of a call is that of the planner's
+simulation of its ranks, with the rate of folds in calls without messages.
 Needs Linux, root and iproute2; says why where it cannot.
 """
 
@@ -331,6 +331,7 @@ class Measured:
             it, of that rank's worst hop; at most 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
         hops: of every hop; its folds without messages.
+        folding_s: all folds of a call without messages, the mean of the ranks.
     """
 
     tokens: int
@@ -341,15 +342,11 @@ class Measured:
     theft_s: float
     sent_bytes: int
     hops: list[Hop]
+    folding_s: float
 
     def break_even(self, link: Shaped) -> float:
         """Predicted: the tokens per rank from which the hop that needs most is hidden."""
         return self.tokens * max((hop.over(link) / hop.hiding_s for hop in self.hops), default=0.0)
-
-    def call_s(self, link: Shaped) -> float:
-        """Predicted: a call with its messages."""
-        late_s = sum(max(0.0, hop.over(link) - hop.hiding_s) for hop in self.hops)
-        return self.alone_s + link.cpu_s_per_byte * sum(hop.moved for hop in self.hops) + late_s
 
     @classmethod
     def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
@@ -374,6 +371,7 @@ class Measured:
                 seen["exposed"].append(max(exposed, default=0.0))
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
+                seen["folding"].append(mean(r["compute"] for r in ranks))
                 hops.append(
                     [
                         Hop(
@@ -397,6 +395,7 @@ class Measured:
                 Hop(same[0].nbytes, same[0].moved, median(hop.hiding_s for hop in same))
                 for same in zip(*hops, strict=False)
             ],
+            folding_s=middle["folding"],
         )
 
 
@@ -407,6 +406,25 @@ def predicted(points: list[Measured], link: Shaped) -> float:
     for _ in range(20):
         tokens = _at(each, tokens)
     return tokens
+
+
+def simulated(row: dict[str, Any], point: Measured, link: Shaped) -> float:
+    """Predicted: a call with its messages, by the planner's simulation of its ranks.
+
+    Its folds are as quick as those of calls without messages, which also say what else there is.
+    """
+    shape, mask, backward = Shape(**row["shape"]), MASKS[row["mask"]], row["direction"] != "forward"
+    layout = ra.Zigzag(point.tokens * row["ranks"], row["ranks"])
+    dtype = str(DTYPES[shape.dtype]).removeprefix("torch.")
+    shapes = ra.Shapes(shape.heads, shape.kv_heads, shape.head_dim, dtype=dtype)
+    pairs = sum(sum(ra.plan(mask, layout, rank=r).flops) for r in range(row["ranks"]))
+    flops = shapes.flops_per_pair * pairs / row["ranks"] * (2.5 if backward else 1.0)
+    rate = {dtype: flops / point.folding_s}
+    device = ra.Device("measured", rate, rate, 1e12, 1e15, cpu_s_per_byte=link.cpu_s_per_byte)
+    machine = ra.Machine(device, ra.Link("shaped", link.bytes_s))
+    made = ra.predict(mask, layout, shapes, machine, generator="direct", traveller="kv")
+    phase = made.backward if backward else made.forward
+    return max(t.seconds for t in phase) + point.alone_s - point.folding_s
 
 
 def _at(values: dict[int, float], tokens: float) -> float:
@@ -464,7 +482,7 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 HEADER = (
     "direction mask    Mbit  MB/s  break-even predicted measured   ratio | "
-    "tokens  of predicted   alone s    ring s    ratio  predicted s  ring/predicted  waiting   "
+    "tokens  of predicted   alone s    ring s    ratio  simulated s  ring/simulated  waiting   "
     "theft  CPU s/GB"
 )
 
@@ -479,7 +497,7 @@ def print_row(row: dict[str, Any]) -> None:
     )
     for point in row["points"]:
         p = Measured(**point | {"hops": [Hop(**hop) for hop in point["hops"]]})
-        guess_s = p.call_s(link)
+        guess_s = simulated(row, p, link)
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
             f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"

@@ -207,7 +207,9 @@ def plan(
         made = {"kv": tiles.steps(q_layout, k_layout, me, generator, resident)}
     else:
         if both is None:
-            both = ("kv", "kv") if shapes is None else cheapest(shapes, reads, q_layout, k_layout)
+            both = "kv", "kv"
+            if shapes is not None and q_layout.world_size > 1:
+                both = cheapest(shapes, reads, q_layout, k_layout)
         made = {
             what: tuple(map(step_of, reads.schedule(me, generator, resident, locals_, what == "q")))
             for what in set(both)

@@ -114,9 +114,10 @@ def predict(
             f"{size(least.memory_bytes)} for {least.schedule} at least",
             "use more ranks, or raise memory_bytes",
         )
-    # Alike within a part in a hundred: the one with least memory, and of these the simplest.
+    # Alike within a part in a hundred: the fewest bytes, a network may be slower; then memory.
     quickest = min(p.seconds for p in fit)
-    best = min((p for p in fit if p.seconds <= 1.01 * quickest), key=lambda p: p.memory_bytes)
+    alike = [p for p in fit if p.seconds <= 1.01 * quickest]
+    best = min(alike, key=lambda p: (p.bytes_sent, p.memory_bytes))
     if len(best.ranks) < world <= WHOLE_RING:
         best = trials.predicted(*made[found.index(best)], backward, sample=False)
     considered = [

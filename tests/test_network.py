@@ -5,13 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ring_attention as ra
-from network import Hop, Measured, Shaped, measured_break_even, predicted
+from network import Hop, Measured, Shape, Shaped, measured_break_even, predicted, simulated
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -38,14 +39,12 @@ def test_measured_break_even_is_where_waiting_ends() -> None:
     assert [p.waiting for p in points] == pytest.approx([1 / 3, 0.25 / 2.25, 0])
     assert [p.seconds for p in points] == pytest.approx([3, 2.25, 2])
     assert points[0].hops == [Hop(100, 200, 1.0)] and points[0].alone_s == 2
-    assert points[0].call_s(Shaped(50.0, 0.0)) == 3 and points[0].call_s(Shaped(200.0, 0.0)) == 2
     assert points[0].sent_bytes == 100
     assert points[0].theft_s == pytest.approx(1)
     assert math.isnan(measured_break_even(points[2:]))
     assert predicted(points, Shaped(50.0, 0.0)) == pytest.approx(2 * 1300)  # flat beyond the last
     # A hundredth of a second for each of 200 bytes moved hides the 2 s of a hop.
     assert points[0].break_even(Shaped(50.0, 0.01)) == 0
-    assert points[0].call_s(Shaped(50.0, 0.01)) == 4
 
 
 def test_the_worst_hop_counts() -> None:
@@ -57,7 +56,6 @@ def test_the_worst_hop_counts() -> None:
     measured = Measured.of(1000, [turn(True, 0.0), ranks])
     assert measured.hops == [Hop(100, 200, 1.0), Hop(400, 800, 2.0)]
     assert measured.break_even(Shaped(100.0, 0.0)) == 2000
-    assert measured.call_s(Shaped(100.0, 0.0)) == measured.alone_s + 2.0
 
 
 def test_whole_blocks_have_the_closed_form() -> None:
@@ -77,6 +75,16 @@ def test_whole_blocks_have_the_closed_form() -> None:
             rank["hops"] = [{"bytes": nbytes, "moved": 2 * nbytes, "hiding_s": hiding_s}]
         point = Measured.of(tokens, list(turns))
         assert predicted([point], Shaped(bytes_s, taken)) == pytest.approx(expected)
+
+
+def test_a_call_is_simulated() -> None:
+    """Folds of two equal halves, of which the first hides the hop: K/V of 1,000 rows."""
+    row = {"shape": asdict(Shape("bf16", 8, 2, 64)), "mask": "full", "direction": "forward"}
+    hop_bytes = 1000 * 2 * 2 * 64 * 2
+    point = replace(Measured.of(1000, [turn(True, 0.0), turn(False, 0.0)]), folding_s=1.6)
+    for hop_s, expected in ((0.5, 2.0), (1.3, 2.5)):  # alone: 2 s, of which folds 1.6
+        link = Shaped(hop_bytes / hop_s, 0.0)
+        assert simulated(row | {"ranks": 2}, point, link) == pytest.approx(expected, rel=1e-6)
 
 
 def test_runs_in_namespaces_and_leaves_none() -> None:

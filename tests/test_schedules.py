@@ -178,6 +178,8 @@ def test_what_travels_is_chosen_by_bytes() -> None:
     alike = Contiguous(64, 4)
     shapes = Shapes(8, 8, 64)
     assert plan(Full(), alike, rank=0).traveller == ("kv", "kv")  # nothing is known of the rows
+    alone = plan(Full(), q_layout=Contiguous(1, 1), k_layout=Contiguous(64, 1), shapes=shapes)
+    assert alone.traveller == ("kv", "kv")
     double = plan(Full(), alike, rank=0, ranks_per_node=2, shapes=shapes)
     assert double.traveller == ("kv", "kv")
     dealt = plan(Full(), alike, rank=0, ulysses=2, shapes=shapes)
