@@ -58,7 +58,7 @@ def forward(
             k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
             begin, end = tiles.intervals(i, j, q.device)
             acc, m, l = states.buffer()  # noqa: E741
-            ops.block_forward_(
+            ops.fold_(
                 queries[i],
                 [k],
                 [v],
@@ -88,7 +88,7 @@ def forward(
     loop.around(plan, transport, blocks, fold)
     for i, at in own.items():
         if not seen[i]:  # out = 0, lse = -inf or the sink
-            ops.block_forward_(
+            ops.fold_(
                 queries[i],
                 [],
                 [],
@@ -160,7 +160,7 @@ def backward(
             k, v = (x[:, :, at : at + tiles.k_rows] for x in blocks[origin].tensors)
             begin, end = tiles.intervals(i, j, q.device)
             (into,), (into_k, into_v) = dqs.zeros(), dkvs.zeros()
-            ops.block_backward_(
+            ops.fold_backward_(
                 *rows[i],
                 [k],
                 [v],
