@@ -20,7 +20,7 @@ address is not a multiple of its element size, is copied once.
 from .checks import state_dtype
 from .library import isa_name, isa_names, peak_flops
 from .ops_attention import backward, forward
-from .ops_blocks import block_backward_, block_forward_
+from .ops_blocks import block_backward_, block_forward_, fold_, fold_backward_
 from .ops_state import combine_, delta, empty_output, empty_state, finish_, sink_gradient
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "empty_output",
     "empty_state",
     "finish_",
+    "fold_",
+    "fold_backward_",
     "forward",
     "isa_name",
     "isa_names",

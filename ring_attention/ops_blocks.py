@@ -9,6 +9,12 @@ from torch import Tensor
 from . import checks
 from .library import OPS, mark_written
 
+# The same for the ring, of tensors that it has checked or made, and that autograd never saw: after
+# a kernel the caches hold no Python, and checks cost a percent of a short fold. The library's own
+# checks, of memory safety, remain.
+fold_ = OPS.block_forward_.default
+fold_backward_ = OPS.block_backward_.default
+
 
 def block_forward_(
     q: Tensor,
