@@ -6,6 +6,8 @@
     python benchmarks/kernel.py --case full,softcap,gqa,sinks --head-dim 64
     python benchmarks/kernel.py --case short64,short256,short1024 --direction forward
     python benchmarks/kernel.py --case decode1,decode16 --direction forward
+    python benchmarks/kernel.py --case bshd,v128,peaked,rising --head-dim 64
+    python benchmarks/kernel.py --case full --head-dim 32,40,48 --no-torch --clock cpu --threads 1
 
 Every round runs the peak loop (on as many threads as the kernel), our kernel and torch's one after
 the other, so that all three see the same machine. Useful rates count the products of visible
@@ -15,6 +17,9 @@ ours (touched) as a share of it: the median, and the best round; and the median 
 torch's time divided by ours. Masks and the like also run beside the full mask: the column is the
 median of the ratios of their touched rates. Decoding is bound by memory: its last columns are GB/s
 of K and V, and the share of what reading memory reaches in the same rounds.
+
+--clock cpu counts the time that the calling thread ran, for machines that other work shares: what
+it was held up by is left out, what it lost of caches and memory is not. One thread only.
 
 RING_ATTENTION_CPU chooses the instruction set, as everywhere. On CUDA the peak is that of a large
 product of matrices (for float32 without TF32), and "threads" says 1.
@@ -32,54 +37,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernel_cases import Problem, case_named, tiles_touched
 from ring_attention import ops
-from ring_attention.mask import Causal, Documents, Full, Mask, Window
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is computed: torch is asked for the same, where it has it."""
-
-    mask: Mask
-    q_len: int
-    k_len: int
-    heads: int
-    kv_heads: int
-    softcap: float = 0.0
-    sinks: bool = False
-
-    @property
-    def has_peer(self) -> bool:
-        return not self.sinks and self.softcap == 0.0
-
-
-def case_named(name: str, length: int, heads: int) -> Case:
-    full = Case(Full(), length, length, heads, heads)
-    sixteenth = max(length // 16, 1)
-    documents = Causal() & Documents([*range(0, length, sixteenth), length])
-    cases = {
-        "full": full,
-        "causal": Case(Causal(), length, length, heads, heads),
-        "window": Case(Causal() & Window(511, 0), length, length, heads, heads),
-        "documents": Case(documents, length, length, heads, heads),
-        "gqa": Case(Full(), length, length, 8, 2),
-        "softcap": Case(Full(), length, length, heads, heads, softcap=30.0),
-        "sinks": Case(Full(), length, length, heads, heads, sinks=True),
-    }
-    for prefix, case in (
-        ("short", lambda n: Case(Full(), n, n, heads, heads)),
-        ("decode", lambda n: Case(Full(), n, 65536, 8, 2)),
-    ):
-        if name.startswith(prefix) and name.removeprefix(prefix).isdigit():
-            return case(int(name.removeprefix(prefix)))
-    if name not in cases:
-        raise SystemExit(
-            f"kernel.py: expected --case of {', '.join(cases)}, shortN or decodeN, got {name}"
-        )
-    return cases[name]
 
 
 @dataclass
@@ -114,15 +75,20 @@ class Round:
     bandwidth: float | None
 
 
-def timed(run: Callable[[], object], repeats: int = 1, device: str = "cpu") -> float:
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+def timed(
+    run: Callable[[], object], repeats: int = 1, device: str = "cpu", clock: str = "wall"
+) -> float:
     """Seconds per run."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(repeats):
         run()
     wait()
-    return (time.perf_counter() - start) / repeats
+    return (CLOCKS[clock]() - start) / repeats
 
 
 def peak_flops(dtype: torch.dtype, device: str) -> float:
@@ -134,90 +100,9 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     return 2.0 * size**3 / timed(lambda: a @ b, 5, device)
 
 
-def read_bandwidth(memory: Tensor) -> float:
+def read_bandwidth(memory: Tensor, clock: str) -> float:
     """Bytes per second of a reduction over memory that no cache holds."""
-    return memory.nbytes / timed(memory.sum, 1, str(memory.device))
-
-
-def tiles_touched(begin: Tensor, end: Tensor, k_len: int) -> int:
-    """Query-key pairs of the 64 x 64 tiles with a visible pair; intervals [1, 1, Sq]."""
-    keys = torch.arange(0, k_len, 64)
-    rows = (begin[0, 0][:, None] < keys + 64) & (keys < end[0, 0][:, None])
-    touched = 0
-    for i in range(0, rows.shape[0], 64):
-        part = rows[i : i + 64]
-        touched += int(part.any(dim=0).sum()) * part.shape[0] * min(64, k_len)
-    return touched
-
-
-@dataclass
-class Problem:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    begin: Tensor
-    end: Tensor
-    case: Case
-    name: str
-
-    @classmethod
-    def make(cls, name: str, case: Case, dtype: torch.dtype, head_dim: int, device: str) -> Problem:
-        torch.manual_seed(0)
-        shapes = [(case.heads, case.q_len), *2 * [(case.kv_heads, case.k_len)]]
-        shapes.append((case.heads, case.q_len))
-        q, k, v, dout = (torch.randn(1, h, n, head_dim).to(device, dtype) for h, n in shapes)
-        begin, end = (
-            x.to(device, torch.int32) for x in case.mask.intervals(case.q_len, case.k_len)
-        )
-        return cls(q, k, v, dout, begin, end, case, name)
-
-    @property
-    def scale(self) -> float:
-        return float(self.q.shape[3] ** -0.5)
-
-    @property
-    def visible(self) -> int:
-        return int((self.end.long() - self.begin.long()).clamp(min=0).sum())
-
-    def flops(self, direction: str, pairs: int) -> float:
-        return (4 if direction == "forward" else 10) * self.q.shape[3] * self.case.heads * pairs
-
-    def ours(self) -> dict[str, Callable[[], object]]:
-        ring, case = torch.ops.ring_attention, self.case
-        q, k, v = self.q, self.k, self.v
-        sinks = torch.zeros(case.heads, device=q.device) if case.sinks else None
-        rest = (self.begin, self.end, sinks, self.scale, case.softcap)
-        out, lse = ring.forward(q, k, v, *rest)
-        return {
-            "forward": lambda: ring.forward(q, k, v, *rest),
-            "backward": lambda: ring.backward(self.dout, None, q, k, v, out, lse, *rest),
-        }
-
-    def torchs(self, ours: Callable[[], object]) -> dict[str, Callable[[], object]]:
-        """torch has one fast mask; the others it takes as a dense boolean. `ours`: to compare."""
-        case = self.case
-        if not case.has_peer:
-            return {}
-        causal = self.name == "causal"
-        dense = None
-        if not causal and not isinstance(case.mask, Full):
-            dense = case.mask.dense(case.q_len, case.k_len)[:, None].to(self.q.device)
-        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
-
-        def sdpa(*qkv: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
-                *qkv, attn_mask=dense, is_causal=causal, enable_gqa=case.heads != case.kv_heads
-            )
-
-        graph = sdpa(*leaves)
-        error = (ours()[0].float() - graph.detach().float()).abs().max().item()  # type: ignore[index]
-        if error > 0.05:
-            raise SystemExit(f"kernel.py: expected torch's result, got an error of {error}")
-        return {
-            "forward": lambda: sdpa(self.q, self.k, self.v),
-            "backward": lambda: torch.autograd.grad(graph, leaves, self.dout, retain_graph=True),
-        }
+    return memory.nbytes / timed(memory.sum, 1, str(memory.device), clock)
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: str) -> list[Row]:
@@ -227,12 +112,13 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: s
 
     problem = problem_of(name)
     ours = problem.ours()
-    theirs = problem.torchs(ours["forward"])
+    theirs = problem.torchs(ours["forward"]) if args.torch else {}
     touched = tiles_touched(problem.begin.cpu(), problem.end.cpu(), problem.case.k_len)
     decoding, short = name.startswith("decode"), name.startswith("short")
     full = None if decoding or short or name == "full" else problem_of("full")
     fulls = full.ours() if full else {}
     memory = torch.ones(1 << 27 if decoding else 1, device=args.device)
+    rest = (args.device, args.clock)
     rows = []
     for direction in args.direction:
         work = problem.flops(direction, touched)
@@ -243,12 +129,12 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: s
             rounds.append(
                 Round(
                     peak=peak_flops(dtype, args.device),
-                    ours_s=timed(ours[direction], repeats, args.device),
-                    torch_s=timed(theirs[direction], repeats, args.device)
+                    ours_s=timed(ours[direction], repeats, *rest),
+                    torch_s=timed(theirs[direction], repeats, *rest)
                     if direction in theirs
                     else None,
-                    full_s=timed(fulls[direction], 1, args.device) if fulls else None,
-                    bandwidth=read_bandwidth(memory) if decoding else None,
+                    full_s=timed(fulls[direction], 1, *rest) if fulls else None,
+                    bandwidth=read_bandwidth(memory, args.clock) if decoding else None,
                 )
             )
         peak = max(r.peak for r in rounds)
@@ -326,12 +212,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
     if args.device.startswith("cuda"):
         if not torch.cuda.is_available():
             parser.error("expected a GPU for --device cuda, torch sees none")
         args.threads = ["1"]
+    if args.clock == "cpu" and (args.threads != ["1"] or args.device != "cpu"):
+        parser.error("expected --threads 1 on the CPU with --clock cpu, which sees one thread")
     return args
 
 

@@ -12,15 +12,21 @@ packed but never sent, so that folds read the last ones' bytes. Their difference
 communication costs: waiting (the worst rank's share of its time), and the CPU time that gloo and
 the kernel's network take from folds (theft; both ranks together, of the calls' CPU time).
 
-Predicted is the shard from which a hop is hidden behind the folds of one block, DESIGN section 4:
+Predicted is the shard from which every hop is hidden behind the folds that hide it. A hop carries
+bytes like c, tokens per rank, and its folds take time like c^2, so a call without messages says of
+which c that holds: c times what the hop that needs most would take over its folds. A link carries W
+bytes/s in one direction, and moving a byte takes CPU time from the folds (theft), which hides as
+much; both are measured on idle links. For whole blocks that is the planner's closed form,
 
-    forward   c >= (G/H) (e/2) F/W          e bytes per element of K/V, F useful FLOP/s of a rank's
-    backward  c >= (G/H) (e+4)/5 F/W        folds, W bytes/s of a link in one direction; twice that
-                                            for balanced causal masks, which fold half a block
+    forward   c >= (G/H) (e/2) F (1/W - 2s)     e bytes per element of K/V, F useful FLOP/s of a
+    backward  c >= (G/H) (e+4)/5 F (1/W - 2s)   rank's folds, s seconds taken per byte sent or
+                                                received; twice that for balanced causal masks
 
-with F (of the calls without messages) and W measured here. Measured is where waiting ends, as the
-shards that wait have it: c times the hops' time over that of the folds that hide them. The time of
-a call is predicted from the one without messages: plus what hops take longer than those folds.
+with two terms that it leaves out: the own block, which hides all hops between two ranks, folds at a
+rate of its own (a causal one has more diagonal tiles), and backward it is split between two hops.
+Measured is where waiting ends, as the shards that wait have it: c times a hop's time over that of
+the folds that hide it, of the hop that is worst. The time of a call is that of the planner's
+simulation of its ranks, with the rate of folds in calls without messages.
 Needs Linux, root and iproute2; says why where it cannot.
 """
 
@@ -71,21 +77,6 @@ class Shape:
     kv_heads: int
     head_dim: int
 
-    def break_even(self, direction: str, mask: str, flops: float, bytes_s: float) -> float:
-        """Predicted: the least tokens per rank that hide a hop."""
-        size = DTYPES[self.dtype].itemsize
-        factor = size / 2 if direction == "forward" else (size + 4) / 5
-        visible = 0.5 if mask == "causal" else 1.0
-        return self.kv_heads / self.heads * factor / visible * flops / bytes_s
-
-    def hop_bytes(self, direction: str, tokens: int) -> float:
-        """What the hops of a call between two ranks carry, in the busier direction."""
-        size = DTYPES[self.dtype].itemsize + (4 if direction == "backward" else 0)
-        return 2 * tokens * self.kv_heads * self.head_dim * size
-
-    def flops(self, direction: str, pairs: float) -> float:
-        return (4 if direction == "forward" else 10) * self.head_dim * self.heads * pairs
-
 
 # --- The ranks: commands in, results out, a JSON line each ----------------------------------------
 
@@ -107,14 +98,17 @@ class Rank:
         self.post: Callable[..., Pending] = self.transport.post
 
     def link(self, nbytes: int) -> dict[str, float]:
-        """Bytes/s to the next rank while as many come from the one before; after a pause."""
+        """Bytes/s to the next rank while as many come from the one before, after a pause.
+
+        And CPU seconds per byte sent or received.
+        """
         out, into = (torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2))
-        rates = []
+        rates, taken = [], []
         for _ in range(8):
             dist.barrier()
             time.sleep(0.05)
             dist.barrier()
-            start_s = time.monotonic()
+            start_s, cpu_s = time.monotonic(), time.process_time()
             works = [
                 dist.irecv(into, (self.rank - 1) % self.size),
                 dist.isend(out, (self.rank + 1) % self.size),
@@ -122,7 +116,8 @@ class Rank:
             for work in works:
                 work.wait()
             rates.append(nbytes / (time.monotonic() - start_s))
-        return {"bytes_s": median(rates[1:])}
+            taken.append((time.process_time() - cpu_s) / (2 * nbytes))
+        return {"bytes_s": median(rates[1:]), "cpu_s_per_byte": median(taken[1:])}
 
     def _call(self, mask: str, tokens: int, direction: str) -> Callable[[], Any]:
         shape, layout = self.shape, ra.Zigzag(tokens * self.size, self.size)
@@ -163,7 +158,7 @@ class Rank:
                 end_s = time.monotonic()
                 if turn and send:
                     kept += events
-                hops = [e.step for e in events if e.name == "wait"]
+                waits = [e for e in events if e.name == "wait"]
                 taken.append(
                     {
                         "turn": turn,
@@ -173,10 +168,22 @@ class Rank:
                         "cpu_s": time.process_time() - cpu_s,
                         "bytes": sum(e.bytes for e in events if e.name == "post"),
                         "posted_s": [e.end_s for e in events if e.name == "post"],
-                        "arrived_s": [e.end_s for e in events if e.name == "wait"],
-                        "hiding": sum(
-                            e.seconds for e in events if e.name == "compute" and e.step in hops
-                        ),
+                        "arrived_s": [e.end_s for e in waits],
+                        "hops": [
+                            {
+                                "bytes": max(
+                                    sum(leg.bytes for leg in e.legs if leg.sending == way)
+                                    for way in (True, False)
+                                ),
+                                "moved": e.bytes,
+                                "hiding_s": sum(
+                                    c.seconds
+                                    for c in events
+                                    if c.name == "compute" and c.step == e.step
+                                ),
+                            }
+                            for e in waits
+                        ],
                     }
                     | {
                         name: sum(e.seconds for e in events if e.name == name)
@@ -189,10 +196,7 @@ class Rank:
             for event in kept:
                 writer.add(event)
             writer.close()
-        pairs = sum(
-            ra.plan(MASKS[mask], ra.Zigzag(tokens * self.size, self.size), rank=self.rank).flops
-        )
-        return {"runs": [run for run in taken if run["turn"]], "pairs": pairs}
+        return {"runs": [run for run in taken if run["turn"]]}
 
 
 def serve(rank: int, size: int, store: str, shape: Shape) -> None:
@@ -231,12 +235,12 @@ class Ring:
             raise RuntimeError("a rank died; its error is above")
         return [json.loads(answer) for answer in answers]
 
-    def link(self, mbit: float) -> float:
-        """Shapes the links; what they carry then, in bytes/s of payload."""
+    def link(self, mbit: float) -> "Shaped":
+        """Shapes the links; what the slowest carries then, of payload, and what that takes."""
         self.links.shape(mbit)
-        return min(
-            answer["bytes_s"] for answer in self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
-        )
+        answers = self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
+        taken = mean(answer["cpu_s_per_byte"] for answer in answers)
+        return Shaped(min(answer["bytes_s"] for answer in answers), taken)
 
     def run(
         self,
@@ -258,10 +262,8 @@ class Ring:
             sending=order,
             folder=folder and str(folder),
         )
-        pairs = max(answer["pairs"] for answer in answers)
         turns = list(zip(*(answer["runs"] for answer in answers), strict=True))
-        flops = self.shape.flops(direction, pairs)
-        return Measured.of(flops, tokens, turns)
+        return Measured.of(tokens, turns)
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -292,17 +294,44 @@ def ring(size: int, shape: Shape) -> Iterator[Ring]:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A link: payload in one direction, and CPU seconds per byte sent or received."""
+
+    bytes_s: float
+    cpu_s_per_byte: float
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Of a call without messages, the larger of the ranks' bytes, the mean of their folds.
+
+    Attributes:
+        nbytes: in the busier direction.
+        moved: sent and received by a rank.
+        hiding_s: of the folds that hide it.
+    """
+
+    nbytes: float
+    moved: float
+    hiding_s: float
+
+    def over(self, link: Shaped) -> float:
+        """Seconds on a link, less what moving the bytes adds to the folds that hide it."""
+        return self.nbytes / link.bytes_s - self.moved * link.cpu_s_per_byte
+
+
+@dataclass(frozen=True)
 class Measured:
     """Medians over the rounds; of ranks the slowest, CPU time and bytes their sum.
 
     Attributes:
         alone_s, seconds: a call without and with its messages.
         waiting: share of the call, of the rank that waits most.
-        exposed: time that hops took from both ends having posted, over that of the folds that hide
-            them, of that rank; at most 1 if they are hidden.
+        exposed: time that a hop took from both ends having posted, over that of the folds that hide
+            it, of that rank's worst hop; at most 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
-        hiding_s: of the folds that hide hops, without messages, the mean of both ranks.
-        rate: FLOP/s of a rank's folds without messages, the mean of both.
+        hops: of every hop; its folds without messages.
+        folding_s: all folds of a call without messages, the mean of the ranks.
     """
 
     tokens: int
@@ -312,12 +341,17 @@ class Measured:
     exposed: float
     theft_s: float
     sent_bytes: int
-    hiding_s: float
-    rate: float
+    hops: list[Hop]
+    folding_s: float
+
+    def break_even(self, link: Shaped) -> float:
+        """Predicted: the tokens per rank from which the hop that needs most is hidden."""
+        return self.tokens * max((hop.over(link) / hop.hiding_s for hop in self.hops), default=0.0)
 
     @classmethod
-    def of(cls, flops: float, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
+    def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
         seen: dict[Any, list[float]] = defaultdict(list)
+        hops: list[list[Hop]] = []
         for ranks in turns:
             sending = ranks[0]["sending"]
             seconds = max(r["end_s"] for r in ranks) - min(r["start_s"] for r in ranks)
@@ -327,13 +361,27 @@ class Measured:
                 most = max(ranks, key=lambda r: r["wait"])
                 # A hop begins when both of its ends have posted.
                 begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
-                hops_s = sum(b - a for a, b in zip(begun, most["arrived_s"], strict=False))
                 seen["waiting"].append(most["wait"] / seconds)
-                seen["exposed"].append(hops_s / most["hiding"])
+                exposed = [
+                    (end_s - start_s) / max(hop["hiding_s"], 1e-9)
+                    for start_s, end_s, hop in zip(
+                        begun, most["arrived_s"], most["hops"], strict=False
+                    )
+                ]
+                seen["exposed"].append(max(exposed, default=0.0))
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
-                seen["hiding"].append(mean(r["hiding"] for r in ranks))
-                seen["rate"].append(flops / mean(r["compute"] for r in ranks))
+                seen["folding"].append(mean(r["compute"] for r in ranks))
+                hops.append(
+                    [
+                        Hop(
+                            max(hop["bytes"] for hop in same),
+                            max(hop["moved"] for hop in same),
+                            max(mean(hop["hiding_s"] for hop in same), 1e-9),
+                        )
+                        for same in zip(*(r["hops"] for r in ranks), strict=False)
+                    ]
+                )
         middle = {key: median(values) for key, values in seen.items()}
         return cls(
             tokens=tokens,
@@ -343,26 +391,49 @@ class Measured:
             exposed=middle.get("exposed", math.nan),
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
             sent_bytes=int(middle.get("bytes", 0)),
-            hiding_s=middle["hiding"],
-            rate=middle["rate"],
+            hops=[
+                Hop(same[0].nbytes, same[0].moved, median(hop.hiding_s for hop in same))
+                for same in zip(*hops, strict=False)
+            ],
+            folding_s=middle["folding"],
         )
 
 
-def predicted(shape: Shape, direction: str, mask: str, rates: dict[int, float], w: float) -> float:
-    """The break-even with the rate that folds of its length have."""
+def predicted(points: list[Measured], link: Shaped) -> float:
+    """The break-even, from calls of about its length."""
+    each = {point.tokens: point.break_even(link) for point in points}
     tokens = 1024.0
     for _ in range(20):
-        tokens = shape.break_even(direction, mask, _at(rates, tokens), w)
+        tokens = _at(each, tokens)
     return tokens
 
 
-def _at(rates: dict[int, float], tokens: float) -> float:
-    lengths = sorted(rates)
+def simulated(row: dict[str, Any], point: Measured, link: Shaped) -> float:
+    """Predicted: a call with its messages, by the planner's simulation of its ranks.
+
+    Its folds are as quick as those of calls without messages, which also say what else there is.
+    """
+    shape, mask, backward = Shape(**row["shape"]), MASKS[row["mask"]], row["direction"] != "forward"
+    layout = ra.Zigzag(point.tokens * row["ranks"], row["ranks"])
+    dtype = str(DTYPES[shape.dtype]).removeprefix("torch.")
+    shapes = ra.Shapes(shape.heads, shape.kv_heads, shape.head_dim, dtype=dtype)
+    pairs = sum(sum(ra.plan(mask, layout, rank=r).flops) for r in range(row["ranks"]))
+    flops = shapes.flops_per_pair * pairs / row["ranks"] * (2.5 if backward else 1.0)
+    rate = {dtype: flops / point.folding_s}
+    device = ra.Device("measured", rate, rate, 1e12, 1e15, cpu_s_per_byte=link.cpu_s_per_byte)
+    machine = ra.Machine(device, ra.Link("shaped", link.bytes_s))
+    made = ra.predict(mask, layout, shapes, machine, generator="direct", traveller="kv")
+    phase = made.backward if backward else made.forward
+    return max(t.seconds for t in phase) + point.alone_s - point.folding_s
+
+
+def _at(values: dict[int, float], tokens: float) -> float:
+    lengths = sorted(values)
     for low, high in pairwise(lengths):
         if low <= tokens <= high:
             share = math.log(tokens / low) / math.log(high / low)
-            return rates[low] + share * (rates[high] - rates[low])
-    return rates[lengths[0] if tokens < lengths[0] else lengths[-1]]
+            return values[low] + share * (values[high] - values[low])
+    return values[lengths[0] if tokens < lengths[0] else lengths[-1]]
 
 
 def measured_break_even(points: list[Measured]) -> float:
@@ -376,23 +447,22 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for mask in options.mask:
         for direction in options.direction:
-            first = {
-                tokens: ring.run(direction, mask, tokens, 1, sending=False).rate
+            first = [
+                ring.run(direction, mask, tokens, 1, sending=False)
                 for tokens in RATE_TOKENS
                 if tokens <= options.max_tokens
-            }
+            ]
             for mbit in options.mbit:
-                w = ring.link(mbit)
-                rates, expected = first, predicted(ring.shape, direction, mask, first, w)
+                link = ring.link(mbit)
+                expected = predicted(first, link)
                 lengths = [max(32, round(share * expected / 32) * 32) for share in SHARES]
                 points = [
                     ring.run(direction, mask, tokens, options.rounds)
                     for tokens in lengths
                     if tokens <= options.max_tokens
                 ]
-                if points:  # the rate of these minutes
-                    rates = {point.tokens: point.rate for point in points}
-                    expected = predicted(ring.shape, direction, mask, rates, w)
+                if points:  # the folds of these minutes
+                    expected = predicted(points, link)
                 rows.append(
                     {
                         "ranks": ring.size,
@@ -400,8 +470,7 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
                         "mask": mask,
                         "direction": direction,
                         "mbit": mbit,
-                        "link_bytes_s": w,
-                        "rates": rates,
+                        "link": asdict(link),
                         "predicted_tokens": expected,
                         "measured_tokens": measured_break_even(points),
                         "points": [asdict(point) for point in points],
@@ -413,23 +482,22 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 HEADER = (
     "direction mask    Mbit  MB/s  break-even predicted measured   ratio | "
-    "tokens  of predicted   alone s    ring s    ratio  predicted s  ring/predicted  waiting   "
+    "tokens  of predicted   alone s    ring s    ratio  simulated s  ring/simulated  waiting   "
     "theft  CPU s/GB"
 )
 
 
 def print_row(row: dict[str, Any]) -> None:
     """One bandwidth, a line per shard length."""
-    shape = Shape(**row["shape"])
+    link = Shaped(**row["link"])
     expected, found = row["predicted_tokens"], row["measured_tokens"]
     start = (
-        f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{row['link_bytes_s'] / 1e6:6.1f}"
+        f"{row['direction']:9} {row['mask']:7}{row['mbit']:5g}{link.bytes_s / 1e6:6.1f}"
         f"{expected:21.0f}{found:9.0f}{expected / found:8.2f} |"
     )
     for point in row["points"]:
-        p = Measured(**point)
-        hops_s = shape.hop_bytes(row["direction"], p.tokens) / row["link_bytes_s"]
-        guess_s = p.alone_s + max(0.0, hops_s - p.hiding_s)
+        p = Measured(**point | {"hops": [Hop(**hop) for hop in point["hops"]]})
+        guess_s = simulated(row, p, link)
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
             f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"
@@ -448,12 +516,12 @@ def structure(ring: Ring, options: argparse.Namespace) -> None:
     for mask in options.mask:
         for direction in options.direction:
             folder = Path(ring.folder) / f"{direction}-{mask}"
-            w, tokens = ring.link(options.mbit[0]), options.tokens
+            link, tokens = ring.link(options.mbit[0]), options.tokens
             point = ring.run(direction, mask, tokens, options.rounds, folder=folder)
             print(
                 f"\n{direction}, {mask}, {tokens} tokens per rank, {options.mbit[0]:g} Mbit "
-                f"({w / 1e6:.1f} MB/s): {point.seconds:.3f} s with messages, {point.alone_s:.3f} "
-                "without; per call:"
+                f"({link.bytes_s / 1e6:.1f} MB/s): {point.seconds:.3f} s with messages, "
+                f"{point.alone_s:.3f} without; per call:"
             )
             timeline = read(folder)
             print_pairs(timeline, ring.size, options.rounds)

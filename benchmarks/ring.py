@@ -3,14 +3,19 @@
 
     python benchmarks/ring.py                           # the table
     python benchmarks/ring.py --json ring.json          # and as JSON
+    python benchmarks/ring.py --virtual --ranks 2 4 8   # ranks as threads of one process
     torchrun --nproc-per-node 8 benchmarks/ring.py --device cuda --tokens 8192 --heads 32
 
 Ranks are gloo processes of one thread each, on one machine. In every round the ring runs, then the
 peer's ring, then rank 0 alone with P threads on the whole sequence, while the others sleep. So
 efficiency = alone / ring carries what the ring costs: messages, packing, waiting, and imbalance.
-By the clock a rank that the machine holds up holds up the ring; by CPU time it does not, but then
-waiting does not count either.
-Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one.
+All start together, and the ring's time is that of its slowest rank. By the clock a rank that the
+machine holds up holds up the ring; by CPU time it does not, but then waiting does not count either.
+Ratios are medians over the rounds of ratios taken within a round; rates are those of the best one,
+and so is the efficiency "best": on a machine with other work, of rounds that it left alone.
+
+With --virtual the ranks are threads of one process, which runs the whole sequence alone in every
+round too: CPU time says what a FLOP costs with so many ranks, however few cores they share.
 
 With --device cuda the ranks are those of torchrun, a GPU each, over NCCL. What is alone is one GPU
 then, so efficiency = alone / (P ring); and the host waits for nothing, so waiting says nothing.
@@ -66,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one forward and its backward, until all ranks are done; waiting: of the worst rank."""
+    """Of one forward and its backward, each of the slowest rank; waiting: of the worst one."""
 
     forward: float
     backward: float
@@ -83,35 +88,46 @@ Contestant = Callable[[], Seconds]
 
 
 def device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
-def finished(alone: bool) -> None:
-    """Returns when this rank's work is done and, not alone, that of all."""
+def finished() -> None:
+    """Returns when this rank's work is done."""
     if device() == "cuda":
         torch.cuda.synchronize()
-    if not alone:
-        dist.barrier()
 
 
-def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, alone: bool) -> Seconds:
-    finished(alone)
+def meet(group: Any) -> None:
+    """Returns when all ranks of the group are here; None: alone."""
+    if group is not None:
+        ra.all_reduce_(torch.zeros(1, device=device()), group)
+
+
+def stopwatch(call: Callable[[], Any], group: Any) -> tuple[Any, float, float]:
+    """What a call returns, its seconds and its CPU time; the ranks of a group start together."""
+    finished()
+    meet(group)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    out = call()
-    finished(alone)
-    middle_s, middle_cpu_s = time.perf_counter(), time.process_time()
-    torch.autograd.grad(out, inputs, dout)
-    finished(alone)
-    end_s, end_cpu_s = time.perf_counter(), time.process_time()
-    cpu_s = torch.tensor([middle_cpu_s - start_cpu_s, end_cpu_s - middle_cpu_s], device=device())
-    if not alone:
+    result = call()
+    finished()
+    if isinstance(group, ra.VirtualGroup):  # they share a process: its CPU time is that of all
+        meet(group)
+    return result, time.perf_counter() - start_s, time.process_time() - start_cpu_s
+
+
+def timed(call: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor, group: Any) -> Seconds:
+    out, forward_s, cpu_forward_s = stopwatch(call, group)
+    _, backward_s, cpu_backward_s = stopwatch(lambda: torch.autograd.grad(out, inputs, dout), group)
+    seconds = torch.tensor([forward_s, backward_s], device=device())
+    cpu_s = torch.tensor([cpu_forward_s, cpu_backward_s], device=device())
+    if group is not None and not isinstance(group, ra.VirtualGroup):
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
         dist.all_reduce(cpu_s)
-    return Seconds(middle_s - start_s, end_s - middle_s, 0.0, *cpu_s.tolist())
+    return Seconds(*seconds.tolist(), 0.0, *cpu_s.tolist())
 
 
-def ring(problem: Problem) -> Contestant:
-    group = dist.group.WORLD
-    size = dist.get_world_size()
+def ring(problem: Problem, group: Any) -> Contestant:
+    size = ra.size_of(group)
     layout = ra.Zigzag(problem.tokens_per_rank * size, size)
     q, k, v, dout = (layout.shard(x, group, dim=2).contiguous() for x in problem.whole(size))
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -121,13 +137,14 @@ def ring(problem: Problem) -> Contestant:
     def run() -> Seconds:
         with trace.record() as events:
             seconds = timed(
-                lambda: ra.attention(q, k, v, plan=made, group=group), inputs, dout, alone=False
+                lambda: ra.attention(q, k, v, plan=made, group=group), inputs, dout, group
             )
         # On CUDA the host waits for nothing: what the trace sees is not the GPU's waiting.
         waited_s = torch.tensor(
             sum(e.end_s - e.start_s for e in events if e.name == "wait"), device=device()
         )
-        dist.all_reduce(waited_s, dist.ReduceOp.MAX)
+        if not isinstance(group, ra.VirtualGroup):  # those wait for a core, if for anything
+            dist.all_reduce(waited_s, dist.ReduceOp.MAX)
         return replace(seconds, waiting=float(waited_s))
 
     return run
@@ -159,19 +176,19 @@ def peer_ring(problem: Problem) -> Contestant | None:
         )
 
     try:
-        timed(call, inputs, dout, alone=False)
+        timed(call, inputs, dout, dist.group.WORLD)
     except (RuntimeError, AssertionError):
         return None
-    return lambda: timed(call, inputs, dout, alone=False)
+    return lambda: timed(call, inputs, dout, dist.group.WORLD)
 
 
-def one_process(problem: Problem) -> Contestant:
+def one_process(problem: Problem, group: Any) -> Contestant:
     """Rank 0 alone, with the threads of all; the other ranks sleep in a barrier meanwhile."""
-    size = dist.get_world_size()
-    if dist.get_rank() != 0:
+    size = ra.size_of(group)
+    if ra.rank_of(group) != 0:
 
         def run() -> Seconds:
-            dist.barrier()
+            meet(group)
             return Seconds(0.0, 0.0)
 
         return run
@@ -181,9 +198,9 @@ def one_process(problem: Problem) -> Contestant:
 
     def run() -> Seconds:
         torch.set_num_threads(min(size, len(os.sched_getaffinity(0))))
-        seconds = timed(lambda: ra.attention(q, k, v, mask=mask), inputs, dout, alone=True)
+        seconds = timed(lambda: ra.attention(q, k, v, mask=mask), inputs, dout, None)
         torch.set_num_threads(1)
-        dist.barrier()
+        meet(group)
         return seconds
 
     return run
@@ -192,14 +209,14 @@ def one_process(problem: Problem) -> Contestant:
 def serve(rank: int, world_size: int, store: str, problem: Problem, options: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    rounds = compete(problem, options)
+    rounds = compete(dist.group.WORLD, problem, options)
     if rank == 0:
         Path(f"{store}.json").write_text(json.dumps(rounds))
     dist.destroy_process_group()
 
 
-def compete(problem: Problem, options: Any) -> list[dict[str, dict[str, float]]]:
-    contestants = {"ring": ring(problem), "alone": one_process(problem)}
+def compete(group: Any, problem: Problem, options: Any) -> list[dict[str, dict[str, float]]]:
+    contestants = {"ring": ring(problem, group), "alone": one_process(problem, group)}
     if options.peer and (peer := peer_ring(problem)):
         contestants["peer"] = peer
     rounds = []
@@ -211,7 +228,11 @@ def compete(problem: Problem, options: Any) -> list[dict[str, dict[str, float]]]
 def measure(world_size: int, problem: Problem, options: Any) -> list[dict[str, Seconds]]:
     """The rounds, each with the contestants that ran."""
     if options.device == "cuda":
-        return [{n: Seconds(**s) for n, s in r.items()} for r in compete(problem, options)]
+        rounds = compete(dist.group.WORLD, problem, options)
+        return [{n: Seconds(**s) for n, s in r.items()} for r in rounds]
+    if options.virtual:
+        rounds = ra.run_virtual(world_size, compete, problem, options)[0]
+        return [{n: Seconds(**s) for n, s in r.items()} for r in rounds]
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         mp.spawn(serve, (world_size, store, problem, options), nprocs=world_size)
@@ -253,9 +274,15 @@ def main() -> None:
         action="store_false",
         help=f"leave out {PEER} (pip install {PEER}==0.5.20)",
     )
+    parser.add_argument(
+        "--virtual",
+        action="store_true",
+        help="ranks are threads of one process; leaves out the peer",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rounds as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    options.peer = options.peer and not options.virtual
     if options.device == "cuda":
         if "LOCAL_RANK" not in os.environ:
             parser.error("expected torchrun with --device cuda: one rank per GPU")
@@ -273,8 +300,8 @@ def main() -> None:
         f"{options.rounds} rounds\n"
     )
     print(
-        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd  CPU fwd  bwd   "
-        "waiting   vs peer"
+        "ranks tokens/rank dtype mask    GFLOP/s fwd  bwd   efficiency fwd  bwd  best fwd  bwd  "
+        "CPU fwd  bwd   waiting   vs peer"
     )
     rows = []
     for size, tokens, dtype, mask in itertools.product(
@@ -290,11 +317,16 @@ def main() -> None:
         # Alone is one GPU, not as many as there are ranks.
         per_gpu = 1 / size if options.device == "cuda" else 1.0
         peer = [r["peer"].total / r["ring"].total for r in rounds if "peer" in r]
+        waiting = median(r["ring"].waiting / r["ring"].total for r in rounds)
 
         def percent(
             share: Callable[[dict[str, Seconds]], float], of: float = 1.0, rounds: Any = rounds
         ) -> str:
             return f"{100 * of * median(map(share, rounds)):4.0f}%"
+
+        def best(phase: str, per_gpu: float = per_gpu, rounds: Any = rounds) -> float:
+            alone_s, ring_s = (min(getattr(r[n], phase) for r in rounds) for n in ("alone", "ring"))
+            return 100 * per_gpu * alone_s / ring_s
 
         print(
             f"{size:5d} {tokens:11d} {dtype:5} {mask:7}"
@@ -302,17 +334,18 @@ def main() -> None:
             f"{2.5 * work / min(r['ring'].backward for r in rounds) / 1e9:5.0f}           "
             + percent(lambda r: r["alone"].forward / r["ring"].forward, per_gpu)
             + percent(lambda r: r["alone"].backward / r["ring"].backward, per_gpu)
-            + "    "
+            + f"     {best('forward'):4.0f}%{best('backward'):4.0f}%    "
             + percent(lambda r: r["alone"].cpu_forward / r["ring"].cpu_forward)
             + percent(lambda r: r["alone"].cpu_backward / r["ring"].cpu_backward)
-            + f"{100 * median(r['ring'].waiting / r['ring'].total for r in rounds):9.1f}% "
+            + ("         - " if options.virtual else f"{100 * waiting:9.1f}% ")
             + (f"{median(peer):8.1f}x" if peer else "        -"),
             flush=True,
         )
     print(
         "\nGFLOP/s: of the best round, over all ranks. efficiency: one process with as many "
-        "threads\n(no more than there are cores) / the ring; CPU: the same of CPU time. waiting: "
-        f"the worst rank's share.\nvs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
+        "threads\n(no more than there are cores) / the ring; best: of the best rounds of both; "
+        "CPU: the same of CPU time.\nwaiting: the worst rank's share. "
+        f"vs peer: {PEER} 0.5.20, forward + backward (-: not installed, "
         "or raises for the dtype)."
     )
     if options.device == "cuda" and dist.get_rank() != 0:

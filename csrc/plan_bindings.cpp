@@ -192,6 +192,12 @@ PYBIND11_MODULE(_planner, m) {
            py::arg("q_layout"), py::arg("k_layout"))
       .def_property_readonly("samples", [](const Reads& self) { return self.samples().size(); })
       .def(
+          "pairs",
+          [](const Reads& self, int64_t rank, int64_t origin) {
+            return self.pairs(rank, self.k().shard(origin));
+          },
+          py::arg("rank"), py::arg("origin"), Release())
+      .def(
           "schedule",
           [](const Reads& self, int64_t rank, const std::string& generator, int64_t resident,
              int64_t ranks_per_node, bool queries_travel) {

@@ -2,7 +2,7 @@
 """Exact attention over sequences sharded across the ranks of a process group."""
 
 from . import trace
-from .costs import Shapes, break_even
+from .costs import break_even
 from .feed_forward import BlockwiseFeedForward
 from .figures import Device, Link, Machine
 from .function import agree, attention
@@ -24,9 +24,11 @@ from .mask import (
 from .module import RingAttention
 from .ops import isa_name, isa_names
 from .plan import Plan, plan
-from .predict import Prediction, predict
+from .predict import predict
+from .prediction import Candidate, Prediction
 from .ring import RingError, all_gather, all_reduce_, rank_of, size_of
 from .sdpa import scaled_dot_product_attention
+from .shapes import Shapes
 from .transformer import RingTransformerBlock
 from .virtual import VirtualGroup, run_virtual
 
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockwiseFeedForward",
+    "Candidate",
     "Causal",
     "Chunks",
     "Contiguous",

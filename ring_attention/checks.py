@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Those that kernels are registered for; ops.py adds "cuda" when it has loaded them.
+# Those that kernels are registered for; library.py adds "cuda" when it has loaded them.
 DEVICES = ["cpu", "meta"]
 
 

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import agreement, checks, loop, ops, queries, ulysses
+from . import agreement, checks, invariant, loop, ops, queries, ulysses
+from .backward import backward
 from .layout import Contiguous, Layout
 from .mask import Causal, Mask
 from .plan import Plan
 from .plan import plan as make_plan
 from .registry import plan_of
 from .ring import Transport, degrees_of, traced_name, transport_named, transport_of
+from .shapes import Shapes
+from .tiles import tile_count
 
 _CAUSAL = Causal()
 
@@ -33,6 +36,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    invariant: bool | int = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that may be sharded across the ranks of a group.
 
@@ -52,12 +56,15 @@ def attention(
         layout: how the sequence is sharded over the group; required with a group (or `plan`).
         q_layout, k_layout: instead of `layout`, where queries and keys are sharded differently.
         plan: a plan made beforehand, instead of mask and layouts. One that the ranks have agreed on
-            (`agree`) is posted without a check between them.
+            (`agree`) is posted without a check between them. Without one, what travels, K/V or
+            queries, is what has fewer bytes, for each direction: plan(traveller=) overrides it.
         scale: of q.k; 1/sqrt(D) by default.
         softcap: c > 0 replaces a score u by c tanh(u / c).
         sinks: [H] learnable logits that join every softmax of their head; float32 (float64 for
             float64 inputs). Their gradient is this rank's part of the sum over the group.
         return_lse: also return the natural log-sum-exp of each row.
+        invariant: the same bits for every number of ranks, as in `plan`; on one process too. Of
+            sinks' gradient the first rank then has the whole sum, and the others zeros.
 
     Returns:
         out: [B, H, Sq, Dv] in q's dtype and dimension order, zero for rows that see no key.
@@ -87,13 +94,20 @@ def attention(
                 f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
                 "a plan carries its mask"
             )
+        if invariant is not False and (
+            plan.tiles is None or tile_count(invariant) != plan.tiles.count
+        ):
+            raise ValueError(
+                f"{where}: expected a plan with invariant={invariant}, got {plan!r}; pass "
+                "invariant to plan(...): a plan carries it"
+            )
     if plan is not None and plan.ring is None and torch.compiler.is_compiling():
         # A traced region knows plan and group by a tensor and a name; the operator checks the rest.
         out, lse = torch.ops.ring_attention.ring_forward(
             q, k, v, sinks, plan.handle, scale, softcap, traced_name(group)
         )
     else:
-        out, lse = _attend(q, k, v, sinks, mask, group, layouts, plan, scale, softcap)
+        out, lse = _attend(q, k, v, sinks, mask, group, layouts, plan, scale, softcap, invariant)
     return (out, lse) if return_lse else out
 
 
@@ -111,11 +125,12 @@ def _attend(
     plan: Plan | None,
     scale: float,
     softcap: float,
+    invariant: bool | int,
 ) -> tuple[Tensor, Tensor]:
     where = "ring_attention.attention"
     transport = transport_of(group)
     if plan is None:
-        plan = _plan_for(where, q, k, mask, group, *layouts)
+        plan = _plan_for(where, q, k, v, mask, group, *layouts, invariant)
     _check_shards(where, plan, transport, q, k)
     if plan.ring is None:
         return _around_ring(q, k, v, sinks, plan, transport, scale, softcap)
@@ -142,7 +157,7 @@ def _around_ring(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    if transport.size == 1:
+    if transport.size == 1 and plan.tiles is None:
         key_begin, key_end = plan.intervals(0, q.device)
         return ops.forward(q, k, v, key_begin, key_end, sinks, scale, softcap)
     return torch.ops.ring_attention.ring_forward(
@@ -154,11 +169,13 @@ def _plan_for(
     where: str,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     mask: Mask,
     group: Any,
     layout: Layout | None,
     q_layout: Layout | None,
     k_layout: Layout | None,
+    invariant: bool | int,
 ) -> Plan:
     transport, degrees = transport_of(group), degrees_of(group)
     if not isinstance(mask, Mask):
@@ -199,6 +216,9 @@ def _plan_for(
         transport.rank,
         degrees.get("ulysses"),
         degrees.get("ranks_per_node"),
+        # The batch is left at 1: it changes nothing about what is cheaper.
+        Shapes(q.shape[1], k.shape[1], q.shape[3], v.shape[3], str(q.dtype).removeprefix("torch.")),
+        tile_count(invariant),
     )
 
 
@@ -210,6 +230,8 @@ def _cached_plan(
     rank: int,
     ulysses: int | None,
     ranks_per_node: int | None,
+    shapes: Shapes,
+    tiles: int,
 ) -> Plan:
     return make_plan(
         mask,
@@ -218,6 +240,8 @@ def _cached_plan(
         rank=rank,
         ulysses=ulysses,
         ranks_per_node=ranks_per_node,
+        shapes=shapes,
+        invariant=tiles or False,
     )
 
 
@@ -256,6 +280,7 @@ def _agreed_fields(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, str
         "mask": repr(plan.mask),
         "q_layout": repr(plan.q_layout),
         "k_layout": repr(plan.k_layout),
+        "invariant": "no" if plan.tiles is None else f"{plan.tiles.count} tiles",
         "plan": f"{plan.digest:016x}",
     }
 
@@ -324,6 +349,7 @@ def ring_forward(
     _check_shards("ring_attention.attention", made, transport, q, k)
     _check_agreement(transport, "attention", made, q, k, v)
     run = queries.forward if made.traveller[0] == "q" else loop.forward
+    run = run if made.tiles is None else invariant.forward
     return run(made, transport, q, k, v, sinks, scale, softcap)
 
 
@@ -358,7 +384,7 @@ def ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
     transport, made = transport_named(group), plan_of(plan)
-    run = queries.backward if made.traveller[1] == "q" else loop.backward
+    run = backward if made.tiles is None else invariant.backward
     return run(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
 
 

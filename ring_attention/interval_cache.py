@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _planner
 from .device_copy import DeviceCopy
 
 # Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
@@ -23,6 +24,18 @@ class Cached:
     copy: DeviceCopy
     begin: Tensor  # views of the copy
     end: Tensor
+
+
+def key_intervals(reads: _planner.Reads, reader: int, origin: int, held: _planner.Ranges) -> Tensor:
+    """What all queries of a rank see of the rows held of a block of keys.
+
+    Returns:
+        begins and ends, int32 [2, n, B or 1, q_len], or [..., 1] if all rows are alike.
+    """
+    view = reads.key_intervals(reader, origin, held)
+    both = torch.empty(2, view.most, reads.samples, view.rows, dtype=torch.int32)
+    used = view.fill(both[0].data_ptr(), both[1].data_ptr())
+    return both[:, :used].clone() if used < view.most else both
 
 
 def clipped(both: Tensor, keys: tuple[int, int] | None) -> Tensor:

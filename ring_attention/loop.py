@@ -11,7 +11,6 @@ The order in which ranks post is told in messages.py. Here K/V travel; queries d
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from . import ops, trace
@@ -25,6 +24,19 @@ def _numbered(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
     """The steps, each with the number of the one that follows it."""
     numbers = [step.number for step in steps[1:]]
     yield from zip(steps, [*numbers, steps[-1].number + 1], strict=True)
+
+
+def around(plan: Plan, transport: Transport, blocks: Blocks, fold: Callable[[Step], None]) -> None:
+    """Runs the steps of a forward; `fold` folds the blocks of one that has any."""
+    messages = Messages(transport, "forward")
+    for step, following in _numbered(plan.steps):
+        blocks.exchange(messages, step)
+        messages.post(step.number, following)
+        if step.folds:
+            with trace.begin("compute", "forward", transport, step.number):
+                fold(step)
+        messages.wait(step.number, following)
+        blocks.release(step.release)
 
 
 def forward(
@@ -45,7 +57,7 @@ def forward(
 
     def fold(origins: Sequence[int], first: bool, last: bool) -> None:
         intervals = [plan.intervals(origin, q.device) for origin in origins]
-        ops.block_forward_(
+        ops.fold_(
             q,
             [blocks[origin].tensors[0] for origin in origins],
             [blocks[origin].tensors[1] for origin in origins],
@@ -63,16 +75,11 @@ def forward(
             softcap=softcap,
         )
 
-    messages = Messages(transport, "forward")
+    def fold_step(step: Step) -> None:
+        fold(step.folds, step.number == launches[0], step.number == launches[-1])
+
     blocks = Blocks(transport, "K/V", Rows((k, v)))
-    for step, following in _numbered(plan.steps):
-        blocks.exchange(messages, step)
-        messages.post(step.number, following)
-        if step.folds:
-            with trace.begin("compute", "forward", transport, step.number):
-                fold(step.folds, step.number == launches[0], step.number == launches[-1])
-        messages.wait(step.number, following)
-        blocks.release(step.release)
+    around(plan, transport, blocks, fold_step)
     if not launches:  # no row sees a key: out = 0, lse = -inf or the sink
         fold([], first=True, last=True)
     return out, lse
@@ -133,35 +140,32 @@ def send_home(
     sums.add_arrived(end, held_rows)
 
 
-def backward(
+def add_gradients(
     plan: Plan,
     transport: Transport,
-    dout: Tensor,
-    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    dout: Tensor,
     lse: Tensor,
-    sinks: Tensor | None,
+    delta: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the K/V plan again; dK/dV go home.
+) -> None:
+    """Runs the K/V plan again, for the gradients: dK/dV go home.
 
-    Returns:
-        dq, dk, dv in their inputs' dtypes, and dsinks ([0] without sinks): this rank's part of the
-        sum over the ring.
+    Args:
+        into: dq, dk and dv, as they are summed; see backward.py.
     """
-    delta = ops.delta(out, dout, dlse)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, *own = into
     blocks = Blocks(transport, "K/V", Rows((k, v)))
-    sums = Sums(transport, "dK/dV", Rows((dk, dv)))
+    sums = Sums(transport, "dK/dV", Rows(tuple(own)))
 
     def fold(origins: Sequence[int], keys: Keys) -> None:
         intervals = [plan.intervals(origin, q.device, keys) for origin in origins]
         into = [sums.of(origin, blocks[origin].rows).tensors for origin in origins]
-        ops.block_backward_(
+        ops.fold_backward_(
             q,
             dout,
             lse,
@@ -179,5 +183,3 @@ def backward(
 
     steps = plan.backward_steps
     send_home(plan, steps, plan.held_rows, transport, "backward", blocks, sums, fold)
-    dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

@@ -68,6 +68,17 @@ def _merge(runs: list[Run], layout: Merged) -> list[Run]:
     return merged
 
 
+def merges(layout: Layout, degree: int) -> bool:
+    """Whether the shards of every `degree` consecutive ranks of a layout merge into runs."""
+    merged = Merged.of(layout, degree)
+    try:
+        for rank in range(merged.world_size):
+            merged.runs(rank)
+    except ValueError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=256)
 def rows_of(layout: Layout, degree: int, rank: int) -> tuple[list[tuple[int, int]], Tensor]:
     """Where the rows of `rank` are among the merged ones: as ranges and one by one."""

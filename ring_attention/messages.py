@@ -11,8 +11,9 @@ mask pruned and however long a message may take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -81,11 +82,19 @@ class Messages:
         self._start_s = 0.0
 
     def _add(
-        self, lease: Lease, transfer: Transfer, kind: str, sending: bool, done: Iterable[Lease]
+        self,
+        lease: Lease,
+        transfer: Transfer,
+        kind: str,
+        sending: bool,
+        done: list[Lease],
+        pack: Callable[[], None] | None = None,
     ) -> None:
+        if not self._added:
+            self._start_s = trace.now()
         event = 2 * transfer.hop + (0 if kind in TRAVELLERS else 3)
-        message = Message(lease.flat, transfer.peer, kind, transfer.hop, sending)
-        self._added.append((event, transfer.due, message, list(done)))
+        message = Message(lease.flat, transfer.peer, kind, transfer.hop, sending, pack)
+        self._added.append((event, transfer.due, message, done))
 
     def send(self, rows: Rows, transfer: Transfer, kind: str, *, last: bool = False) -> None:
         """Sends some of the rows; what is already packed as it is goes without a copy.
@@ -93,26 +102,24 @@ class Messages:
         Args:
             last: nobody needs the rows any more: their buffer is free once this is complete.
         """
-        if not self._added:
-            self._start_s = trace.now()
-        lease = rows.lease
+        lease, pack = rows.lease, None
         done = [lease] if last and lease is not None else []
         if lease is None or transfer.num_rows != rows.rows:
-            lease = _pack(self._transport.pool, rows, transfer)
+            packed = rows.in_buffer(self._transport.pool, transfer.num_rows)
+            lease, pack = packed.lease, partial(_pack, rows, transfer, packed)
+            assert lease is not None
             done.append(lease)
-        self._add(lease, transfer, kind, sending=True, done=done)
+        self._add(lease, transfer, kind, sending=True, done=done, pack=pack)
 
     def receive(self, like: Rows, transfer: Transfer, kind: str) -> Rows:
         """Receives rows into a buffer of their own; they are there once `transfer` is due."""
-        if not self._added:
-            self._start_s = trace.now()
         rows = like.in_buffer(self._transport.pool, transfer.num_rows)
         assert rows.lease is not None
-        self._add(rows.lease, transfer, kind, sending=False, done=())
+        self._add(rows.lease, transfer, kind, sending=False, done=[])
         return rows
 
     def post(self, step: int, following: int) -> None:
-        """Posts what was added since the last time.
+        """Packs and posts what was added since the last time.
 
         Args:
             step: the number of the step whose folds hide the messages.
@@ -154,9 +161,7 @@ class Messages:
                 self._transport.pool.give_back(lease)
 
 
-def _pack(pool: BufferPool, rows: Rows, transfer: Transfer) -> Lease:
-    packed = rows.in_buffer(pool, transfer.num_rows)
-    assert packed.lease is not None
+def _pack(rows: Rows, transfer: Transfer, packed: Rows) -> None:
     for x, into in zip(rows.tensors, packed.tensors, strict=True):
         if transfer.num_ranges > FEW_RANGES:
             torch.index_select(x, 2, transfer.index(x.device), out=into)
@@ -165,7 +170,6 @@ def _pack(pool: BufferPool, rows: Rows, transfer: Transfer) -> Lease:
         for begin, end in transfer.rows:
             into[:, :, at : at + end - begin].copy_(x[:, :, begin:end])
             at += end - begin
-    return packed.lease
 
 
 class Blocks:
@@ -228,12 +232,15 @@ class Sums:
 
     def add_arrived(self, following: int, held_rows: dict[int, int]) -> None:
         """Adds what was due before the step `following`, in the order it was posted, always."""
-        arrived = [entry for entry in self._in if entry[0].due < following]
-        self._in = [entry for entry in self._in if entry[0].due >= following]
-        for transfer, rows in arrived:
+        for transfer, rows in self._arrived(following):
             self._add(self.of(transfer.origin, held_rows[transfer.origin]), transfer, rows)
             assert rows.lease is not None
             self._transport.pool.give_back(rows.lease)
+
+    def _arrived(self, following: int) -> list[tuple[Transfer, Rows]]:
+        arrived = [entry for entry in self._in if entry[0].due < following]
+        self._in = [entry for entry in self._in if entry[0].due >= following]
+        return arrived
 
     def _add(self, into: Rows, transfer: Transfer, rows: Rows) -> None:
         for total, x in zip(into.tensors, rows.tensors, strict=True):

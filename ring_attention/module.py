@@ -36,6 +36,8 @@ class RingAttention(nn.Module):
             (None: unbounded), on top of any mask.
         sinks: a learnable sink per head: a logit that takes part in the softmax without a value.
         softcap: c, bounds scores to c tanh(score / c); None: unbounded.
+        invariant: the same bits of attention for every number of ranks, as in `plan`. The layer's
+            projections are matrix products of a rank's own rows: their bits are up to torch.
         group: the ring: a ProcessGroup, a DeviceMesh (its "cp" dimension), a virtual group or
             None. A copy of the module shares it.
         device, dtype: of the parameters.
@@ -63,6 +65,7 @@ class RingAttention(nn.Module):
         window: tuple[int | None, int | None] | None = None,
         sinks: bool = False,
         softcap: float | None = None,
+        invariant: bool | int = False,
         group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,6 +81,7 @@ class RingAttention(nn.Module):
             )
         self.embed_dim, self.heads, self.kv_heads = embed_dim, heads, kv_heads
         self.head_dim, self.rope, self.softcap, self.group = head_dim, rope, softcap, group
+        self.invariant = invariant
         self.mask = Causal() if mask is None else mask
         self.window = None if window is None else Window(*window)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -141,6 +145,7 @@ class RingAttention(nn.Module):
             plan=plan,
             softcap=self.softcap,
             sinks=sinks,
+            invariant=self.invariant,
         )
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(-2))
         return y

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .predict import Prediction
+from .explain import how, tokens
+from .prediction import Prediction
 
 _COLORS = {
     ("compute", "forward"): ("#4c9f70", "forward"),
@@ -70,10 +71,10 @@ def draw(prediction: Prediction, path: str | Path) -> None:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.set_xlabel(f"{unit}, predicted")
         exposed = 100 * prediction.exposed_s / prediction.seconds if prediction.seconds else 0.0
-        generator = prediction.schedule["generator"]
         axes.set_title(
-            f"Predicted: {prediction.layout.length:,} tokens on {prediction.layout.world_size} "
-            f"ranks, {generator}, {prediction.machine}: {exposed:.1f}% of the time exposed",
+            f"Predicted: {tokens(prediction)} on {prediction.layout.world_size} "
+            f"ranks, {prediction.machine}: {exposed:.1f}% of the time exposed\n"
+            f"{how(prediction.schedule)}",
             loc="left",
             fontsize=10,
             weight="bold",

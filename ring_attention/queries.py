@@ -9,7 +9,6 @@ of the bytes of K/V and dK/dV for as many heads of keys as of queries.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -42,7 +41,7 @@ def forward(
     ) -> None:
         """Folds the own keys, seen at these intervals; none for the state before any key."""
         acc, m, l = state  # noqa: E741
-        ops.block_forward_(
+        ops.fold_(
             rows,
             [k for _ in keys],
             [v for _ in keys],
@@ -74,23 +73,21 @@ def forward(
     return out, lse
 
 
-def backward(
+def add_gradients(
     plan: Plan,
     transport: Transport,
-    dout: Tensor,
-    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    dout: Tensor,
     lse: Tensor,
-    sinks: Tensor | None,
+    delta: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As loop.backward."""
-    delta = ops.delta(out, dout, dlse)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+) -> None:
+    """As loop.add_gradients; dQ goes home."""
+    dq, dk, dv = into
     blocks = Blocks(transport, "Q", Rows((q, dout, lse, delta)))
     sums = Sums(transport, "dQ", Rows((dq,)))
 
@@ -99,7 +96,7 @@ def backward(
             begin, end = plan.query_intervals(origin, k.device, keys)
             (into,) = sums.of(origin, blocks[origin].rows).tensors
             q, dout, lse, delta = blocks[origin].tensors
-            ops.block_backward_(
+            ops.fold_backward_(
                 q,
                 dout,
                 lse,
@@ -117,5 +114,3 @@ def backward(
 
     held = plan.held_query_rows
     send_home(plan, plan.backward_steps, held, transport, "backward", blocks, sums, fold)
-    dsinks = lse.new_empty(0) if sinks is None else ops.sink_gradient(sinks, lse, delta)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks

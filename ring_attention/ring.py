@@ -4,7 +4,7 @@
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -51,6 +51,7 @@ class Message:
     kind: str  # one of KINDS
     step: int
     sending: bool
+    pack: Callable[[], None] | None = None  # writes flat, once, before it is sent
 
     def __str__(self) -> str:
         what = f"sending {self.kind} to" if self.sending else f"receiving {self.kind} from"
@@ -59,6 +60,13 @@ class Message:
     @property
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
+
+
+def pack(messages: Iterable[Message]) -> None:
+    """Writes what the messages carry, where that is not done yet."""
+    for message in messages:
+        if message.pack is not None:
+            message.pack()
 
 
 class Pending(ABC):
@@ -108,7 +116,7 @@ class Transport(ABC):
 
     @abstractmethod
     def post(self, messages: Sequence[Message]) -> Pending:
-        """Posts all messages of a step at once; an empty step is complete."""
+        """Packs and posts all messages of a step; an empty step is complete."""
 
     @abstractmethod
     def gather_equal(self, x: Tensor) -> list[Tensor]:
@@ -209,10 +217,9 @@ class ProcessGroupTransport(Transport):
     def post(self, messages: Sequence[Message]) -> Pending:
         if not messages:  # an empty batch raises
             return _Complete()
-        # Receives first. gloo sends once the peer has said that it receives, and says so in the
-        # stream that carries its own message: behind it, if that was posted first, and the two
-        # directions of a link would take turns.
-        messages = sorted(messages, key=lambda message: message.sending)
+        if messages[0].flat.device.type == "cpu":
+            return self._post_singly(messages)
+        pack(messages)
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
@@ -228,6 +235,29 @@ class ProcessGroupTransport(Transport):
         except RuntimeError as error:
             what = "; ".join(str(message) for message in messages)
             raise RingError(f"ring_attention: posting failed: {what}: {error}") from error
+        return _Works(messages, works, self.name)
+
+    def _post_singly(self, messages: Sequence[Message]) -> Pending:
+        """As a backend without batches posts one, receives first.
+
+        gloo sends once the peer has said that it receives, and says so in the stream that carries
+        its own message: behind it, if that was posted first, and the two directions of a link would
+        take turns. What has to be packed is packed in between, while messages of the peer arrive:
+        when this thread is in the middle of writing one, gloo's cannot take them, and spins.
+        """
+        group, works = self.group, []
+        messages = sorted(messages, key=lambda message: message.sending)
+        for message in messages:
+            tag = 1 + KINDS.index(message.kind)
+            pack([message])
+            try:
+                if message.sending:
+                    work = dist.isend(message.flat, group=group, group_dst=message.peer, tag=tag)
+                else:
+                    work = dist.irecv(message.flat, group=group, group_src=message.peer, tag=tag)
+            except RuntimeError as error:
+                raise RingError(f"ring_attention: posting failed: {message}: {error}") from error
+            works.append(work)
         return _Works(messages, works, self.name)
 
     def warm_up(self, device: torch.device) -> None:

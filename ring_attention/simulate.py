@@ -6,7 +6,8 @@ message starts when both its sides are posted. It takes its bytes over the link'
 sender's way out and of the receiver's way in, each of which is busy with one message after another
 (per link: a rank talks to its node and to the network at the same time), and is there a latency
 after the slower of the two. With some ranks only, each is taken to be in step with its peers: their
-side of a message is posted when its own is, and their ways are free.
+side of a message is posted when its own is, and their ways are free. Under Ulysses the ring's
+stages stand between two all-to-alls of the heads, which nothing hides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 from . import trace
 from .costs import Costs
-from .stages import Key, Letter, Stage, stages
+from .stages import Key, Letter, Stage
 
 
 @dataclass
@@ -55,9 +56,9 @@ class _Message:
 
 
 class _Rank:
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, todo: Sequence[Stage]) -> None:
         self.costs = costs
-        self.todo = iter(stages(costs))
+        self.todo = iter(todo)
         self.stage: Stage = Stage(0, 0)
         self.under_way: list[_Message] = []
         self.due: list[_Message] = []
@@ -75,8 +76,9 @@ class _Rank:
 
 
 class _Simulation:
-    def __init__(self, costs: Sequence[Costs]) -> None:
-        self.ranks = {each.plan.rank: _Rank(each) for each in costs}
+    def __init__(self, costs: Sequence[Costs], todo: Sequence[Sequence[Stage]]) -> None:
+        both = zip(costs, todo, strict=True)
+        self.ranks = {each.plan.rank: _Rank(each, its) for each, its in both}
         self.machine = costs[0].machine
         self.whole = len(costs) == costs[0].plan.world_size
         self.posted: dict[Key, _Message] = {}
@@ -124,7 +126,7 @@ class _Simulation:
                 source, to = letter.key[-2:]
                 self.transfer(now_s, message, [(True, source), (False, to)])
                 other.done_s = message.done_s
-                self.go_on(self.ranks[letter.transfer.peer])
+                self.go_on(self.ranks[letter.peer])
         rank.timeline.compute_s += stage.fold_s
         rank.timeline.stolen_s += stage.stolen_s
         rank.event("compute", now_s, now_s + stage.fold_s)
@@ -163,10 +165,10 @@ class _Simulation:
         self.at(end_s, rank, "next")
 
 
-def simulate(costs: Sequence[Costs]) -> list[Timeline]:
+def simulate(costs: Sequence[Costs], todo: Sequence[Sequence[Stage]]) -> list[Timeline]:
     """Runs one phase of a ring.
 
     Args:
-        costs: of every rank, or of some: see the Note.
+        costs, todo: of every rank, or of some: see the Note; their stages.
     """
-    return _Simulation(costs).run()
+    return _Simulation(costs, todo).run()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import agreement
-from .ring import Message, Pending, RingError, Transport, register, timeout_s
+from .ring import Message, Pending, RingError, Transport, pack, register, timeout_s
 
 T = TypeVar("T")
 _worlds = itertools.count()
@@ -110,6 +110,7 @@ class VirtualGroup(Transport):
         return self._world.store
 
     def post(self, messages: Sequence[Message]) -> Pending:
+        pack(messages)
         return _Halves(self._world, [self._world.post(self.rank, m) for m in messages])
 
     def gather_equal(self, x: Tensor) -> list[Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The machine code of the AVX-512 products: results do not show what the compiler did to them.
+"""The machine code of the AVX2 and AVX-512 products: results do not show what the compiler did.
 
 Two habits of compilers have each cost these loops a good part of their speed: to keep vectors of
 sums on the stack, and to fold the load of B's lanes into every multiply-add that uses them, which
@@ -11,20 +11,21 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import ring_attention
+from machine_code import AVX2, AVX512, Loop, parsed, product_loops
 
-# The register tile of Avx512Arch and Bf16DotArch: per step in k, VECS loads and ROWS broadcasts.
-ROWS, VECS = 6, 4
-SUMS = ROWS * VECS
-MOST_LOADS = (ROWS + VECS) / SUMS
+ROWS, VECS, SUMS = AVX512.rows, AVX512.vecs, AVX512.sums  # of the code made by hand
 
 # Every element type of an arch: g++ makes one function of those that come out the same.
-ARCHS = [r"Avx512Arch<\w+>", "Bf16DotArch"]
+ARCHS = {
+    "avx2": (r"Avx2Arch<\w+>", AVX2),
+    "avx512": (r"Avx512Arch<\w+>", AVX512),
+    "avx512_bf16": ("Bf16DotArch", AVX512),
+}
 KERNELS = [
     "multiply_into<{}>",
     "Forward<{}>::probabilities",
@@ -32,105 +33,6 @@ KERNELS = [
     "Backward<{}>::score_gradients",
 ]
 NAMESPACE = "ring_attention::cpu::(anonymous namespace)::"
-
-INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\s+(?:\{\w+\}\s+)?(\S+)\s*([^#<]*)")
-MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps")
-MEMORY_LAST = re.compile(r"\)(\{%k\d\})?$")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of `objdump -d`. In AT&T's order the destination is the last operand."""
-
-    address: int
-    name: str
-    operands: str
-
-    @property
-    def leaves(self) -> bool:
-        return self.name.startswith(("j", "call", "ret", "notrack", "bnd"))
-
-    @property
-    def target(self) -> int | None:
-        """Where a conditional jump goes."""
-        if not self.name.startswith("j") or self.name.startswith("jmp"):
-            return None
-        return int(self.operands, 16)
-
-    @property
-    def wide(self) -> bool:
-        return "%zmm" in self.operands
-
-    @property
-    def multiplies(self) -> bool:
-        return self.wide and MULTIPLY_ADD.fullmatch(self.name) is not None
-
-    @property
-    def loads(self) -> bool:
-        return self.wide and "(" in self.operands and MEMORY_LAST.search(self.operands) is None
-
-    @property
-    def folds(self) -> bool:
-        """A multiply-add of a vector in memory. One at (%rip) is a constant, no lanes."""
-        plain = "{1to16}" not in self.operands and "(%rip)" not in self.operands
-        return self.multiplies and self.loads and plain
-
-    def moves_on(self, stack: Sequence[str]) -> bool:
-        on_stack = any(f"({register}" in self.operands for register in stack)
-        return self.wide and self.name.startswith("vmov") and on_stack
-
-    def __str__(self) -> str:
-        return f"{self.address:x}: {self.name} {self.operands}"
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop without jumps inside, of a function that reaches its stack by the registers `stack`.
-
-    It does one register tile or part of one: `sums` is the number of registers it adds to.
-    """
-
-    body: Sequence[Instruction]
-    stack: Sequence[str]
-
-    @property
-    def multiplies(self) -> int:
-        return sum(i.multiplies for i in self.body)
-
-    @property
-    def sums(self) -> int:
-        return len({i.operands.rsplit(",", 1)[-1] for i in self.body if i.multiplies})
-
-    @property
-    def offences(self) -> list[str]:
-        found = [f"spill: {i}" for i in self.body if i.moves_on(self.stack)]
-        found += [f"folded load: {i}" for i in self.body if i.folds]
-        loads = sum(i.loads for i in self.body)
-        # Smaller tiles at the edges load more often.
-        if self.sums >= SUMS and loads > MOST_LOADS * self.multiplies:
-            found.append(f"{self.body[0]}: {loads} loads for {self.multiplies} multiply-adds")
-        return found
-
-
-def parsed(text: str) -> list[Instruction]:
-    matches = (INSTRUCTION.match(line) for line in text.splitlines())
-    return [Instruction(int(m[1], 16), m[2], m[3].strip()) for m in matches if m]
-
-
-def product_loops(function: Sequence[Instruction]) -> list[Loop]:
-    """The innermost loops with as many multiply-adds as one step of a full register tile."""
-    index = {instruction.address: i for i, instruction in enumerate(function)}
-    # Elsewhere %rbp is a register like others.
-    framed = any(i.name == "mov" and i.operands == "%rsp,%rbp" for i in function)
-    stack = ("%rsp", "%rbp") if framed else ("%rsp",)
-    loops = []
-    for end, jump in enumerate(function):
-        begin = index.get(jump.target, end + 1) if jump.target is not None else end + 1
-        body = function[begin:end]
-        if begin <= end and not any(i.leaves for i in body):
-            loops.append(Loop(body, stack))
-    return [loop for loop in loops if loop.multiplies >= SUMS]
-
 
 # --- of the parser, on code made by hand ------------------------------------------------------
 
@@ -253,19 +155,20 @@ def functions(library: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=["avx512", "avx512_bf16"])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_inner_loops(
     kernel: str, arch: str, library: Path, functions: dict[str, tuple[int, int]]
 ) -> None:
-    wanted = re.compile(kernel.format(arch))
+    name_of_arch, tile = ARCHS[arch]
+    wanted = re.compile(kernel.format(name_of_arch))
     # c++filt may put a space between two closing brackets.
     matching = {n: at for n, at in functions.items() if wanted.search(n.replace("> >", ">>"))}
     assert matching, f"{library} has no function {wanted.pattern}: stripped, or renamed?"
     for name, (begin, end) in matching.items():
         bounds = (f"--start-address={begin:#x}", f"--stop-address={end:#x}")
         code = output("objdump", "-d", "--no-show-raw-insn", *bounds, str(library))
-        loops = product_loops(parsed(code))
-        assert any(loop.sums >= SUMS for loop in loops), f"no loop over full tiles in {name}"
+        loops = product_loops(parsed(code, tile), tile)
+        assert any(loop.sums >= tile.sums for loop in loops), f"no loop over full tiles in {name}"
         found = [offence for loop in loops for offence in loop.offences]
         assert not found, "\n".join([name, *found])

@@ -161,6 +161,39 @@ def test_selective_checkpointing_runs_the_ring_once(pools) -> None:
     assert pools(2).run(checkpointed, False) == [2, 2]
 
 
+def kinds(group: Any, heads: int, kv_heads: int, how: dict[str, Any]) -> dict[str, set[str]]:
+    """What a call sends, forward and backward, without a plan or with one."""
+    layout = Zigzag(LENGTH, group.size)
+    rows = layout.sizes[group.rank]
+    q, k, v = (torch.randn(2, h, rows, 16, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    made: dict[str, Any] = {"plan": plan(Causal(), layout, group=group, **how)} if how else {}
+    made = made or {"layout": layout}
+    with trace.record() as events:
+        out = attention(q, k, v, group=group, **made)
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
+    sent: dict[str, set[str]] = {"forward": set(), "backward": set()}
+    for event in events:
+        sent[event.phase] |= {leg.kind for leg in event.legs}
+    return sent
+
+
+@pytest.mark.parametrize(
+    "heads,kv_heads,how,backward",
+    [
+        (4, 4, {}, {"Q", "dQ"}),  # as many heads of keys: two thirds of the bytes
+        (4, 1, {}, {"K/V", "dK/dV"}),
+        (4, 4, {"traveller": "kv"}, {"K/V", "dK/dV"}),
+        (4, 1, {"traveller": ("kv", "q")}, {"Q", "dQ"}),
+    ],
+)
+def test_what_travels_is_chosen_for_a_call_and_can_be_said(
+    heads: int, kv_heads: int, how: dict[str, Any], backward: set[str]
+) -> None:
+    for sent in run_virtual(2, kinds, heads, kv_heads, how):
+        assert sent == {"forward": {"K/V"}, "backward": backward}
+
+
 # --- As operators ---------------------------------------------------------------------------------
 
 

@@ -1,122 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Predictions against counts by brute force, closed forms, and what real rings borrow."""
+"""Predictions: in closed form where there is one, and what is chosen."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
-import json
-import threading
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import ring_attention as ra
-from ring_attention.__main__ import main
-from ring_attention.buffers import BufferPool
-from ring_attention.costs import Costs, Shapes, break_even
-from ring_attention.figures import DEVICES, LINKS, Device, Link, Machine, load, save
+from ring_attention.costs import break_even
+from ring_attention.figures import Device, Link, Machine
 from ring_attention.predict import predict
-from ring_attention.simulate import simulate
-from ring_attention.stages import ring_bytes
+from ring_attention.shapes import Shapes
 
 # The package's attributes of these names are functions.
 predict_module = importlib.import_module("ring_attention.predict")
 
-SHAPES = Shapes(4, 2, 16, dtype="float32")
+
+SHAPES = Shapes(12, 6, 16, dtype="float32")
 
 
 def machine(link: Link, launch_s: float = 0.0, cpu_s_per_byte: float = 0.0) -> Machine:
     """Nothing costs time but the kernels, the link, and what is asked for."""
     rates = {"bfloat16": 1e12, "float32": 1e12}
     return Machine(Device("test", rates, rates, 1e12, 1e30, launch_s, cpu_s_per_byte), link)
-
-
-def costs(mask: ra.Mask, layout: ra.Layout, m: Machine, backward: bool, **how: Any) -> list[Costs]:
-    plans = [ra.plan(mask, layout, rank=r, **how) for r in range(layout.world_size)]
-    return [Costs(p, SHAPES, m, backward) for p in plans]
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "direct": {"generator": "direct"},
-    "chain": {"generator": "chain"},
-    "three resident": {"generator": "direct", "resident": 3},
-    "double": {"generator": "double", "ranks_per_node": 3},
-}
-MASKS: dict[str, ra.Mask] = {
-    "full": ra.Full(),
-    "causal": ra.Causal(),
-    "window": ra.Causal() & ra.Window(13, 0),
-    "documents": ra.Causal() & ra.Documents([0, 7, 30, 61]),
-}
-
-
-@pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_bytes_and_computing_are_those_of_the_plans(mask: str, how: str) -> None:
-    layout = ra.Zigzag(61, 6)
-    for backward in (False, True):
-        made = costs(MASKS[mask], layout, machine(Link("link", 1e9)), backward, **SCHEDULES[how])
-        timelines = simulate(made)
-        assert sum(t.sent_bytes for t in timelines) == sum(t.received_bytes for t in timelines) > 0
-        for c, t in zip(made, timelines, strict=True):
-            rows = sum(step.rows for step in c.plan.steps)
-            grads = sum(step.grad_rows for step in c.plan.steps) if backward else 0
-            assert t.sent_bytes == (rows + grads) * 2 * 2 * 16 * 4
-            flops = sum(c.plan.flops) * 4 * 4 * 16 * (2.5 if backward else 1)
-            assert t.compute_s == pytest.approx(flops / 1e12)
-            assert t.seconds == pytest.approx(t.compute_s + t.wait_s + t.post_s)
-            spans = [(e.start_s, e.end_s) for e in t.events if e.name != "transfer"]
-            assert all(a[1] <= b[0] + 1e-15 for a, b in pairwise(spans))
-
-
-def leased(rank_group: Any, layout: ra.Layout, mask: ra.Mask, how: dict[str, Any]) -> Any:
-    """One rank of a real ring: the most bytes on loan, forward and backward."""
-    q = torch.randn(1, 4, layout.sizes[ra.rank_of(rank_group)], 16, requires_grad=True)
-    k, v = (torch.randn(1, 2, q.shape[2], 16, requires_grad=True) for _ in range(2))
-    made = ra.plan(mask, layout, group=rank_group, **how)
-    on_loan.most, on_loan.now = 0, 0
-    out = ra.attention(q, k, v, plan=made, group=rank_group)
-    forward, on_loan.most = on_loan.most, on_loan.now
-    assert isinstance(out, torch.Tensor)
-    out.sum().backward()
-    return forward, on_loan.most, on_loan.now
-
-
-on_loan = threading.local()
-
-
-@pytest.mark.parametrize("how", SCHEDULES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_ring_memory_is_what_a_real_ring_borrows(
-    mask: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lease, give_back = BufferPool.lease, BufferPool.give_back
-    pools: dict[int, Any] = {}
-
-    def counted(self: BufferPool, *args: Any, **kwargs: Any) -> Any:
-        made = lease(self, *args, **kwargs)
-        book = pools.setdefault(id(self), on_loan)
-        book.now += made.flat.numel() * made.flat.element_size()
-        book.most = max(book.most, book.now)
-        return made
-
-    def returned(self: BufferPool, made: Any) -> None:
-        on_loan.now -= made.flat.numel() * made.flat.element_size()
-        give_back(self, made)
-
-    monkeypatch.setattr(BufferPool, "lease", counted)
-    monkeypatch.setattr(BufferPool, "give_back", returned)
-    layout = ra.Zigzag(61, 6)
-    measured = ra.run_virtual(6, leased, layout, MASKS[mask], SCHEDULES[how])
-    m = machine(Link("link", 1e9))
-    for back in (0, 1):
-        made = costs(MASKS[mask], layout, m, bool(back), **SCHEDULES[how])
-        assert [rank[back] for rank in measured] == [ring_bytes(c) for c in made]
-    assert all(rank[2] == 0 for rank in measured)
 
 
 def test_break_even_in_closed_form() -> None:
@@ -137,7 +48,7 @@ def test_the_simulation_breaks_even_there(world_size: int) -> None:
     m, shapes = machine(Link("link", 1e9)), Shapes(8, 8, 16)  # break-even at 1000 and 1200 tokens
     for tokens in (900, 1001, 1190, 1210):
         layout = ra.Contiguous(tokens * world_size, world_size)
-        p = predict(ra.Full(), layout, shapes, m, generator="direct")
+        p = predict(ra.Full(), layout, shapes, m, generator="direct", traveller="kv")
         forward, backward = (max(t.wait_s for t in phase) for phase in (p.forward, p.backward))
         assert (forward > 1e-12) == (tokens < 1000)
         # The first K/V and the last gradients hide behind their parts of the own block.
@@ -153,16 +64,25 @@ def test_the_simulation_breaks_even_there(world_size: int) -> None:
 def test_latency_launches_and_theft() -> None:
     layout = ra.Contiguous(4000, 4)
     shapes = Shapes(8, 8, 16)
-    slow = predict(ra.Full(), layout, shapes, machine(Link("l", 1e30, 5e-3)), generator="direct")
-    plain = predict(ra.Full(), layout, shapes, machine(Link("l", 1e30)), generator="direct")
+    slow = predict(
+        ra.Full(),
+        layout,
+        shapes,
+        machine(Link("l", 1e30, 5e-3)),
+        generator="direct",
+        traveller="kv",
+    )
+    plain = predict(
+        ra.Full(), layout, shapes, machine(Link("l", 1e30)), generator="direct", traveller="kv"
+    )
     fold_s = 4 * 1000**2 * 16 * 8 / 1e12
     assert plain.seconds == pytest.approx(4 * fold_s * 3.5)
     assert slow.forward[0].seconds == pytest.approx(3 * 5e-3 + fold_s)
     called = machine(Link("l", 1e30), launch_s=1e-3)
-    launched = predict(ra.Full(), layout, shapes, called, generator="direct")
+    launched = predict(ra.Full(), layout, shapes, called, generator="direct", traveller="kv")
     assert launched.seconds == pytest.approx(plain.seconds + 9e-3)  # 4 forward, 5 backward
     stealing = machine(Link("l", 1e30), cpu_s_per_byte=1e-9)
-    stolen = predict(ra.Full(), layout, shapes, stealing, generator="direct")
+    stolen = predict(ra.Full(), layout, shapes, stealing, generator="direct", traveller="kv")
     moved = stolen.forward[0].sent_bytes + stolen.forward[0].received_bytes
     assert stolen.forward[0].stolen_s == pytest.approx(1e-9 * moved)
     assert "the transport takes" in stolen.explain() and "takes" not in plain.explain()
@@ -176,7 +96,7 @@ def test_a_double_ring_pays_where_nodes_are_far_apart() -> None:
         name: predict(ra.Causal(), layout, shapes, far, generator=name).seconds
         for name in ("direct", "chain", "double")
     }
-    best = predict(ra.Causal(), layout, shapes, far)
+    best = predict(ra.Causal(), layout, shapes, far, ulysses=1)
     assert seconds["double"] < 0.8 * min(seconds["direct"], seconds["chain"])
     assert best.schedule == {"generator": "double", "ranks_per_node": 4}
     assert ra.plan(ra.Causal(), layout, rank=3, **best.schedule).generator == "double"
@@ -185,7 +105,8 @@ def test_a_double_ring_pays_where_nodes_are_far_apart() -> None:
 def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
     layout, shapes = ra.Zigzag(8 * 8192, 8), Shapes(32, 8, 128)
     m = Machine("H100", "100G", node_link="NVLink", ranks_per_node=4)
-    plans = [ra.plan(ra.Causal(), layout, rank=r, shapes=shapes, machine=m) for r in (0, 5)]
+    problem: dict[str, Any] = {"shapes": shapes, "machine": m}
+    plans = [ra.plan(ra.Causal(), layout, rank=r, ulysses=1, **problem) for r in (0, 5)]
     for made in plans:
         assert made.prediction is not None and made.generator == "double"
         assert made.digest == plans[0].digest and made.explain() == made.prediction.explain()
@@ -197,18 +118,116 @@ def test_a_plan_is_chosen_by_prediction(tmp_path: Path) -> None:
     assert plain.explain() == repr(plain)
     with pytest.raises(ValueError, match=r"Plan.draw: expected a plan with a prediction, got none"):
         plain.draw(tmp_path / "plan.png")
-    with pytest.raises(ValueError, match=r"plan: expected both shapes and machine"):
-        ra.plan(ra.Causal(), layout, rank=0, shapes=shapes)
+    with pytest.raises(ValueError, match=r"plan: expected both shapes and machine, got"):
+        ra.plan(ra.Causal(), layout, rank=0, machine=m)
     with pytest.raises(ValueError, match=r"plan: expected ranks_per_node == 4, got 2"):
         ra.plan(ra.Causal(), layout, rank=0, shapes=shapes, machine=m, ranks_per_node=2)
+
+
+PROBLEMS: dict[str, tuple[ra.Mask, ra.Layout, ra.Layout, Shapes, Machine]] = {
+    "heads to deal": (
+        ra.Causal(),
+        ra.Zigzag(8 * 2048, 8),
+        ra.Zigzag(8 * 2048, 8),
+        Shapes(32, 8, 128),
+        Machine("H100", "100G", node_link="NVLink", ranks_per_node=4),
+    ),
+    "one K/V head": (
+        ra.Causal() & ra.Window(3000, 0),
+        ra.Contiguous(8 * 2048, 8),
+        ra.Contiguous(8 * 2048, 8),
+        Shapes(8, 1, 128),
+        Machine("A100", "100G"),
+    ),
+    "as many K/V heads": (
+        ra.Full(),
+        ra.Contiguous(5 * 2048, 5),
+        ra.Contiguous(5 * 2048, 5),
+        Shapes(16, 16, 64),
+        Machine("H100", "200G"),
+    ),
+    "few queries": (
+        ra.Full(),
+        ra.Contiguous(6 * 16, 6),
+        ra.Contiguous(6 * 8192, 6),
+        Shapes(16, 4, 128),
+        Machine("H100", "10G"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_chosen_schedule_is_the_best_of_all(name: str) -> None:
+    mask, q_layout, k_layout, shapes, m = PROBLEMS[name]
+    world, nodes = q_layout.world_size, m.ranks_per_node
+
+    def named(**how: Any) -> ra.Prediction:
+        return predict(mask, q_layout, shapes, m, k_layout=k_layout, **how)
+
+    every = []
+    for ulysses in (n for n in range(1, world + 1) if world % n == shapes.kv_heads % n == 0):
+        every.append(named(generator="chain", ulysses=ulysses))
+        if nodes > ulysses:
+            every.append(named(generator="double", ulysses=ulysses))
+        for resident, both in product((1, 2, 4, max(world // ulysses - 1, 1)), BOTH):
+            every.append(
+                named(generator="direct", resident=resident, ulysses=ulysses, traveller=both)
+            )
+    best = named()
+    assert best.seconds <= 1.01 * min(p.seconds for p in every)
+    like_it = [p for p in every if p.schedule == best.schedule]
+    assert like_it and like_it[0].seconds == best.seconds
+    assert {repr(c.schedule) for c in best.candidates} <= {repr(p.schedule) for p in every}
+    assert best.seconds <= 1.01 * best.candidates[0].seconds
+    if name == "few queries":
+        assert best.traveller == ("q", "q") and "q/q travel" in best.explain()
+    if name == "heads to deal":
+        assert best.ulysses > 1 and f"ulysses={best.ulysses}" in best.explain()
+    made = ra.plan(mask, q_layout=q_layout, k_layout=k_layout, rank=1, shapes=shapes, machine=m)
+    assert made.prediction is not None and made.prediction.schedule == best.schedule
+    assert (made.ulysses, made.traveller) == (best.ulysses, best.traveller)
+
+
+BOTH = tuple(product(("kv", "q"), ("kv", "q")))
+
+
+def test_dealing_heads_in_closed_form() -> None:
+    """Ulysses alone: q, k, v go and out, lse come back, nothing hides them, the work is shared."""
+    layout, shapes = ra.Contiguous(4 * 1000, 4), Shapes(8, 8, 16)
+    p = predict(ra.Full(), layout, shapes, machine(Link("l", 1e9)), ulysses=4)
+    share = 1000 * 2 * 16 * 2  # bytes of q, k, v or out: rows of a rank, two heads
+    lse = 1000 * 2 * 4
+    there, back = 3 * 3 * share / 1e9, 3 * (share + lse) / 1e9  # three peers, one after another
+    work_s = 4 * 4000**2 * 16 * 2 / 1e12
+    for phase, factor in ((p.forward, 1.0), (p.backward, 2.5)):
+        for t in phase:
+            assert t.compute_s == pytest.approx(factor * work_s)
+            assert t.wait_s == pytest.approx(there + back)
+            assert t.sent_bytes == t.received_bytes == pytest.approx(1e9 * (there + back))
+
+
+def test_queries_that_travel_in_closed_form() -> None:
+    """16 queries per rank over 10,000 keys: their hop hides behind the fold of what stays."""
+    q_layout, k_layout = ra.Contiguous(4 * 16, 4), ra.Contiguous(4 * 10_000, 4)
+    shapes, m = Shapes(8, 8, 64), machine(Link("l", 1e9))
+    keys_forward, keys_backward = break_even(shapes, m, traveller=("q", "q"))
+    moved = 64 * 2 + (64 + 2) * 4, (64 + 64) * 2 + 2 * 4 + 64 * 4  # Q and state; Q, dO, stats, dQ
+    assert keys_forward == pytest.approx(moved[0] * 1e12 / (4 * 64 * 1e9))
+    assert keys_backward == pytest.approx(moved[1] * 1e12 / (2.5 * 4 * 64 * 1e9))
+    p = predict(ra.Full(), q_layout, shapes, m, k_layout=k_layout, generator="direct")
+    assert p.traveller == ("q", "q") and keys_forward < 10_000 and keys_backward < 10_000
+    assert p.exposed_s == pytest.approx(0.0, abs=1e-12)
+    assert p.bytes_sent == 3 * 16 * 8 * sum(moved)
 
 
 def test_memory_decides() -> None:
     layout, shapes = ra.Zigzag(8 * 256, 8), Shapes(32, 8, 128)
     quick = machine(Link("l", 1e12), launch_s=1e-3)  # launches are dear: everything at once
-    best = predict(ra.Causal(), layout, shapes, quick)
+    best = predict(ra.Causal(), layout, shapes, quick, ulysses=1)
     assert best.schedule == {"generator": "direct", "resident": 7}
-    tight = predict(ra.Causal(), layout, shapes, quick, memory_bytes=0.7 * best.memory_bytes)
+    tight = predict(
+        ra.Causal(), layout, shapes, quick, ulysses=1, memory_bytes=0.7 * best.memory_bytes
+    )
     assert tight.schedule["resident"] < 7 and tight.memory_bytes <= 0.7 * best.memory_bytes
     with pytest.raises(ValueError, match=r"predict: expected a schedule within 1 KB per rank, got"):
         predict(ra.Causal(), layout, shapes, quick, memory_bytes=1000)
@@ -233,6 +252,15 @@ def test_a_thousand_ranks() -> None:
 
 
 def test_refusals() -> None:
+    layout, m = ra.Contiguous(64, 4), machine(Link("l", 1e9))
+    with pytest.raises(ValueError, match=r"expected ulysses to divide kv_heads = 6, got 4"):
+        predict(ra.Full(), layout, SHAPES, m, ulysses=4)
+    with pytest.raises(ValueError, match=r"plan: expected ulysses of \[1, 2, 4\], got 3"):
+        predict(ra.Full(), layout, SHAPES, m, ulysses=3)
+    with pytest.raises(ValueError, match=r'plan: expected traveller "kv" with chain, got'):
+        predict(ra.Full(), layout, SHAPES, m, generator="chain", traveller="q")
+    with pytest.raises(ValueError, match=r"both shapes and machine, got .*'machine': None"):
+        ra.plan(ra.Full(), layout, rank=0, shapes=SHAPES, memory_bytes=1e9)
     with pytest.raises(ValueError, match=r"Machine: expected a device of \['A100'.*got 'TPU'"):
         Machine("TPU", "400G")
     with pytest.raises(ValueError, match=r"expected a link of .*got 'string'"):
@@ -245,63 +273,6 @@ def test_refusals() -> None:
         Shapes(8, 8, 64, dtype="fp8")
     with pytest.raises(ValueError, match=r"Device: expected a dtype of .* for H100, got 'float32'"):
         predict(ra.Full(), ra.Contiguous(64, 2), SHAPES, Machine("H100", "400G"))
-
-
-def test_figures_are_values(tmp_path: Path) -> None:
-    for device in DEVICES:
-        for link in LINKS:
-            assert str(Machine(device.lower(), link)) == f"{device}, {link}"
-    made = Machine("CPU", "10G")
-    save(tmp_path / "figures.json", made, measured="never")
-    assert load(tmp_path / "figures.json") == made
-    assert json.loads((tmp_path / "figures.json").read_text())["measured"] == "never"
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"figures.load: expected a file of figures, got"):
-        load(tmp_path / "bad.json")
-
-
-def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "plan.png"
-    pytest.importorskip("matplotlib")
-    words = f"--tokens 64K --gpus 8 --kv-heads 8 --device H100 --link 400G --draw {picture}"
-    assert main(["plan", *words.split()]) == 0
-    said = capsys.readouterr().out
-    assert "65,536 tokens on 8 ranks" in said and "predicted by a simulation" in said
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    words = "--tokens 4K --gpus 4 --documents 3000 100 --window 512 --dtype fp32 --device cpu"
-    assert main(["plan", *words.split(), "--forward"]) == 0
-    said = capsys.readouterr().out
-    assert "DocumentBalanced" in said and "backward  " not in said
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        ("--device TPU", "expected a device of"),
-        ("--layout documents", "needs --documents"),
-        ("--memory 0.0001", "expected a schedule within 100 KB"),
-        ("--gpus-per-node 2", "node_link and ranks_per_node"),
-        ("--device missing.json", "expected a file of figures"),
-        ("--kv-heads 5", "heads to be a multiple of kv_heads"),
-    ],
-)
-def test_plan_command_refuses(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--tokens", "64K", "--gpus", "4", *words.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "figures.json"
-    words = f"{file} --tokens 256 --rounds 1 --megabytes 1 --dtype float32"
-    assert main(["calibrate", *words.split()]) == 0
-    assert "GFLOP/s" in capsys.readouterr().out
-    measured = load(file)
-    assert measured.device.rate("float32", True) > 1e8 and measured.link.bytes_per_s > 1e6
-    assert (
-        main(["plan", "--tokens", "4K", "--gpus", "2", "--dtype", "fp32", "--device", str(file)])
-        == 0
-    )
-    assert main(["calibrate", str(tmp_path / "no" / "figures.json")]) == 2
 
 
 def test_examples() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ring_cases
-from ring_attention import trace
+from ring_attention import messages, trace
 from ring_attention.layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ring_attention.mask import (
     Causal,
@@ -360,23 +360,28 @@ def test_reference_and_error_can_fail() -> None:
 
 
 def posted(group) -> list[str]:
-    """The order in which this rank's transport hands messages to the backend."""
+    """What this rank does with messages, in order: packing, and handing them to the backend."""
     order: list[str] = []
-    batch = torch.distributed.batch_isend_irecv
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (messages, "_pack"),
+            (torch.distributed, "isend"),
+            (torch.distributed, "irecv"),
+        ):
+            call = getattr(owner, name)
 
-    def batch_isend_irecv(operations):
-        order.append(" ".join(operation.op.__name__ for operation in operations))
-        return batch(operations)
+            def noted(*args, call=call, name=name, **kwargs):
+                order.append(name)
+                return call(*args, **kwargs)
 
-    torch.distributed.batch_isend_irecv = batch_isend_irecv
-    try:
+            patch.setattr(owner, name, noted)
         run_rank(group, Case(LENGTH, mask=Full()), Contiguous(LENGTH, group.size()))
-    finally:
-        torch.distributed.batch_isend_irecv = batch
     return order
 
 
-def test_receives_are_posted_before_sends(pools) -> None:
-    # Otherwise the two directions of a link between gloo processes take turns.
+def test_receives_are_posted_before_sends_are_packed(pools) -> None:
+    # Otherwise the two directions of a link between gloo processes take turns, and gloo's thread
+    # spins while a rank writes.
+    blocks = ["irecv", "_pack", "isend"]
     for order in pools(2).run(posted):
-        assert order == ["irecv isend"] * 3
+        assert order == [*blocks, *blocks, "irecv", "isend"]  # gradients lie packed

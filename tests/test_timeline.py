@@ -21,7 +21,7 @@ LENGTH = 96
 
 def run_ring(group: Any, mask: Any = None, length: int = LENGTH) -> None:
     layout = Zigzag(length, group.size() if callable(group.size) else group.size)
-    q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))  # K/V travel
     shards = [layout.shard(x, group, dim=2).requires_grad_() for x in (q, k, v)]
     attention(*shards, mask=mask or Causal(), group=group, layout=layout).sum().backward()
 

@@ -4,6 +4,7 @@
     python -m ring_attention plan --tokens 1M --heads 32 --kv-heads 8 --gpus 64 \\
         --device H100 --link 400G --node-link NVLink --gpus-per-node 8
     python -m ring_attention plan --tokens 64K --gpus 2 --device figures.json --draw plan.png
+    python -m ring_attention plan --tokens 1M --queries 1K --gpus 8 --compare
 
 Nothing is run: the schedules of the ranks are made and their steps simulated. Figures are named
 ones (A100 H100 H200 B200 CPU; NVLink NVLink3 NVLink5 PCIe 400G 200G 100G 10G), published for other
@@ -14,11 +15,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..costs import Shapes
+from ..explain import table
 from ..figures import DEVICES, LINKS, Machine, load
 from ..layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from ..mask import Causal, Documents, Full, Mask, Window
 from ..predict import predict
+from ..shapes import Shapes
+from ..tiles import DEFAULT_TILES
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -40,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokens", type=count, required=True, metavar="N", help="of the sequence: 131072, 128K, 1M"
     )
+    add("--queries", type=count, metavar="N", help="only the last N tokens ask (default: all)")
     add("--gpus", "--ranks", type=int, required=True, metavar="P", help="ranks of the ring")
     add("--heads", type=int, default=32, metavar="H", help="query heads (default 32)")
     add("--kv-heads", type=int, metavar="G", help="K/V heads (default: as --heads)")
@@ -73,12 +77,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--resident", type=int, default=1, metavar="W", help="resident blocks of --generator direct"
     )
+    add(
+        "--ulysses",
+        type=int,
+        metavar="N",
+        help="deal heads among N ranks, with rings of P / N (default: what is best with "
+        "--generator auto, else 1)",
+    )
+    add(
+        "--traveller",
+        nargs="+",
+        choices=("auto", "kv", "q"),
+        default=["auto"],
+        help="what goes around: K/V, or Q and what belongs to it; two words are for forward and "
+        "backward (default auto)",
+    )
+    add("--compare", action="store_true", help="list all schedules that were considered")
+    add(
+        "--invariant",
+        type=int,
+        nargs="?",
+        const=DEFAULT_TILES,
+        metavar="TILES",
+        help=f"the same bits for every number of ranks (tiles: default {DEFAULT_TILES})",
+    )
     add("--memory", type=float, metavar="GB", help="per rank (default: the device's)")
     add("--forward", action="store_true", help="forward only")
     add("--draw", type=Path, metavar="FILE", help="a picture, ranks x time: .png, .svg or .pdf")
 
 
 def _mask(args: argparse.Namespace, bounds: list[int]) -> Mask:
+    if args.queries is not None:
+        if args.window is not None or bounds:
+            raise ValueError("ring_attention plan: --queries goes with --mask only")
+        return Causal(bottom_right=True) if args.mask == "causal" else Full()
     mask: Mask = Causal() if args.mask == "causal" else Full()
     if args.window is not None:
         side = args.window - 1
@@ -86,7 +118,7 @@ def _mask(args: argparse.Namespace, bounds: list[int]) -> Mask:
     return mask & Documents(bounds) if bounds else mask
 
 
-def _layout(args: argparse.Namespace, bounds: list[int]) -> Layout:
+def _layout(args: argparse.Namespace, bounds: list[int], tokens: int) -> Layout:
     usual = "documents" if bounds else "zigzag" if args.mask == "causal" else "contiguous"
     name = args.layout or usual
     if name == "documents":
@@ -98,7 +130,7 @@ def _layout(args: argparse.Namespace, bounds: list[int]) -> Layout:
         "contiguous": Contiguous,
         "striped": Striped,
     }
-    return kinds[name](args.tokens, args.gpus)
+    return kinds[name](tokens, args.gpus)
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -126,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         bounds = _bounds(args)
         prediction = predict(
             _mask(args, bounds),
-            _layout(args, bounds),
+            _layout(args, bounds, args.tokens if args.queries is None else args.queries),
             Shapes(
                 args.heads,
                 args.heads if args.kv_heads is None else args.kv_heads,
@@ -135,12 +167,19 @@ def run(args: argparse.Namespace) -> int:
                 batch=args.batch,
             ),
             _machine(args),
+            k_layout=_layout(args, bounds, args.tokens),
             generator=args.generator,
             resident=args.resident,
+            invariant=False if args.invariant is None else args.invariant,
+            ulysses=args.ulysses,
+            traveller=args.traveller[0] if len(args.traveller) == 1 else tuple(args.traveller),
             memory_bytes=None if args.memory is None else args.memory * 1e9,
             backward=not args.forward,
         )
         print(prediction.explain())
+        if args.compare:
+            print("\nAll schedules that fit, predicted:\n")
+            print("\n".join(table(list(prediction.candidates))))
         if args.draw is not None:
             prediction.draw(args.draw)
             print(f"\nThe picture is in {args.draw}.")
