@@ -55,6 +55,7 @@ def counted(folder: Path) -> Counts:
         file = folder / f"{smem}-{backward}"
         settings = {
             "RING_ATTENTION_PTXVM_STATISTICS": str(file),
+            "RING_ATTENTION_PTXVM_SEED": "1",
             "RING_ATTENTION_PTXVM_SMEM": smem,
             "RING_ATTENTION_CUDA_BACKWARD": backward,
         }
