@@ -3,8 +3,6 @@
 
 namespace ring_attention::cuda::sm80 {
 
-template cudaError_t launch_forward_fp32<64>(const ForwardCall&, cudaStream_t);
-template cudaError_t launch_forward_fp32<128>(const ForwardCall&, cudaStream_t);
 template cudaError_t launch_forward_fp32<256>(const ForwardCall&, cudaStream_t);
 
 }  // namespace ring_attention::cuda::sm80
