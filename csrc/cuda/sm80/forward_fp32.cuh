@@ -250,7 +250,7 @@ class ForwardFp32 {
 };
 
 template <typename Tile, bool kSoftcap>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     forward_fp32_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& smem = *reinterpret_cast<typename Tile::SharedMemoryPlan*>(memory);
