@@ -108,7 +108,7 @@ struct Fp32Tile {
   static constexpr int kDim = kMaxDim;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 8;
   static constexpr int kRows = kWarps * kWarpRows, kKeys = 32;
-  static constexpr int kBlocks = 2;  // what registers are limited for: with more it spills
+  static constexpr int kBlocks = 2;        // what registers are limited for: with more it spills
   static constexpr int kPitch = kDim + 4;  // a lane per row then meets each bank once
 
   struct SharedMemoryPlan {
