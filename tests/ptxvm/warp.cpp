@@ -65,6 +65,7 @@ void Warp::step() {
   const LaneMask lanes =
       instruction.guard < 0 ? here : here & predicate(static_cast<uint32_t>(instruction.guard));
   const uint32_t next = pc_ + 1;
+  program_.executed[pc_] += lanes != 0;
   const Flow flow = lanes == 0 ? Flow::kNext : instruction.run(*this, instruction, lanes);
   if (flow == Flow::kNext) return advance(here, next);
   if (flow == Flow::kRetry) return;
