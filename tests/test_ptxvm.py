@@ -4,64 +4,26 @@
 tests/ptxvm/unit holds the cases. They are compiled by nvcc once, into build/ptxvm/unit.
 """
 
-import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiler import BUILD, CXX, HERE, NVCC, compile_object, machine
 
-HERE = Path(__file__).parent / "ptxvm"
-BUILD = HERE.parents[1] / "build" / "ptxvm" / "unit"
-CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-NVCC = shutil.which("nvcc") or shutil.which(str(CUDA_HOME / "bin" / "nvcc"))
 SEEDS = ("1", "2", "3")
 
 pytestmark = pytest.mark.skipif(
     NVCC is None, reason="nvcc is missing (PATH, CUDA_HOME): no PTX to execute"
 )
 
-# -O1: the cases run for a second, compiling takes a minute.
-CXX = [
-    os.environ.get("CXX", "g++"),
-    "-std=c++20",
-    "-O1",
-    "-ffp-contract=off",
-    "-fvisibility=hidden",
-]
-PTX = ["-std=c++20", "-lineinfo", "-gencode", "arch=compute_80,code=compute_80"]
-PTX += ["--compress-mode=none"]
-
-
-def compile_object(source: Path) -> Path:
-    """Compiles a source unless its object is newer than every source of the virtual GPU."""
-    target = BUILD / f"{source.parent.name}-{source.name}.o"
-    newest = max(path.stat().st_mtime for path in [source, *HERE.rglob("*.h")])
-    if target.exists() and target.stat().st_mtime > newest:
-        return target
-    if source.suffix == ".cu":
-        command = [NVCC, *PTX]
-    else:
-        command = [*CXX, "-isystem", str(Path(NVCC).resolve().parents[1] / "include")]
-    result = subprocess.run(
-        [*command, "-c", str(source), "-o", str(target)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        pytest.fail(result.stdout + result.stderr, pytrace=False)
-    return target
-
 
 @pytest.fixture(scope="session")
 def unit() -> Path:
     """The program with all cases."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    sources = [*HERE.glob("*.cpp"), *HERE.glob("instructions/*.cpp"), *HERE.glob("unit/*.c*")]
+    sources = [*machine(), *sorted(HERE.glob("unit/*.c*"))]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_object, sorted(sources)))
+        objects = list(pool.map(compile_object, sources))
     program = BUILD / "unit"
     subprocess.run([CXX[0], *map(str, objects), "-o", str(program)], check=True)
     return program

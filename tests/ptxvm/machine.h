@@ -29,6 +29,7 @@ class Machine {
   void replace(const std::string& kernel, std::unique_ptr<Program> program);
   const Program& runs_as(const std::string& kernel);
   const Module& module_of(const std::string& kernel) const;
+  bool was_run(const std::string& kernel) const { return programs_.contains(kernel); }
   std::vector<std::string> kernels() const;
   // Memory of a .global or .const variable, or null.
   std::vector<uint8_t>* variable(const std::string& name);

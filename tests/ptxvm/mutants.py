@@ -222,7 +222,8 @@ def main() -> None:
         print(json.dumps(asdict(examine(TARGETS[names[0]], arguments.mutants, arguments.seed))))
         return
 
-    columns = "instructions executed mutants fault values work survived killed".split()
+    columns = ["instructions", "executed", "mutants", "fault", "values", "work", "survived"]
+    columns.append("killed")
     print(f"{'kernel':15}", *columns, "seconds", sep="  ")
     weak = []
     for name in names:

@@ -5,6 +5,7 @@
 #include <array>
 #include <cctype>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -217,6 +218,23 @@ void ptxvm_limit_instructions(uint64_t of_a_block) {
   ptxvm::Checks checks = ptxvm::checks();
   checks.instruction_limit = of_a_block;
   ptxvm::set_checks(checks);
+}
+
+const char* ptxvm_executed_forms() {
+  return ptxvm::answer([](ptxvm::Machine& machine) {
+    std::set<std::string> forms;
+    for (const std::string& kernel : machine.kernels()) {
+      if (!machine.was_run(kernel)) continue;
+      const ptxvm::Program& program = machine.program(kernel);
+      for (size_t i = 0; i < program.code.size(); ++i) {
+        const std::string& text = program.text[i];
+        if (program.executed[i] != 0) forms.insert(text.substr(0, text.find_first_of(" \t\n{[")));
+      }
+    }
+    std::string lines;
+    for (const std::string& form : forms) lines += form + '\n';
+    return lines;
+  });
 }
 
 uint64_t ptxvm_executed(const char* kernel) {

@@ -23,6 +23,8 @@ const char* ptxvm_instructions(const char* kernel);
 const char* ptxvm_mutate(const char* kernel, uint64_t instruction, uint64_t seed);
 // The kernel runs as compiled again.
 void ptxvm_restore(const char* kernel);
+// The opcodes that any kernel has executed as compiled, with all their words, one a line.
+const char* ptxvm_executed_forms();
 // Instructions that the kernel has executed, as it is now, since it became so.
 uint64_t ptxvm_executed(const char* kernel);
 // Blocks that execute more are ended as a livelock: mutants may never end.
