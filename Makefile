@@ -37,16 +37,16 @@ SANITIZERS_ON = PYTHONPATH=$(SANITIZED)/lib PYTHONSAFEPATH=1 \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6)"
 # --capture=sys: a report is the last thing a process writes, and pytest must not be holding it.
-SANITIZED_TESTS = $(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/test_ops.py
+SANITIZED_TESTS = $(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/test_ops*.py
 # test_isa: captures what its processes write, and waits 280 s for them; a loop does its work.
-UNSANITIZED = --deselect 'tests/test_ops.py::test_isa'
+UNSANITIZED = --deselect 'tests/test_ops_isa.py::test_isa'
 
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
 # A build whose ISA table has the row ptx-sm80, see tests/ptxvm.
 VM = build/ptxvm
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
-VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops.py tests/test_ring.py -m "isa or vm"
+VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py -m "isa or vm"
 
 .PHONY: demo test check sanitize cuda vm vm-full vm-build mutants bench clean prerequisites
 .DELETE_ON_ERROR:

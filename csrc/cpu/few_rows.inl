@@ -26,6 +26,8 @@ class FewRows {
   using Rows = MultiplyAdd<Elem, V>;  // rows as what is summed
   static constexpr int kLanes = V::kLanes;
   static constexpr int64_t kMostRows = 16, kKeyBlock = 128;
+  static constexpr int64_t kAhead = 4096;  // bytes, see bytes_ahead()
+  static constexpr int64_t kKeyGroup = 4;  // keys of one step of O += P V
   static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
@@ -97,10 +99,10 @@ class FewRows {
     point(block.v, block.v_stride, from, seen, values);
     begin_ = std::max<int64_t>(extent.begin - from, 0);
     end_ = std::min(extent.end - from, kKeyBlock);
-    fetch_ = {values, p_.v_head_dim, 0};
+    ahead_ = bytes_ahead(p_.head_dim, block.k_stride.row);
     as_vectors(keys, p_.head_dim, width_, k_copy_, [&](const auto* rows) { score(rows); });
     for (int64_t r = 0; r < rows_; ++r) softmax(r, from);
-    fetch_ = {keys, p_.head_dim, kKeyBlock * block.k_stride.row};
+    ahead_ = bytes_ahead(p_.v_head_dim, block.v_stride.row);
     as_vectors(values, p_.v_head_dim, v_width_, v_copy_, [&](const auto* rows) { add(rows); });
   }
 
@@ -137,30 +139,31 @@ class FewRows {
   // Calls visit with the rows themselves, or with copies where the last vector would be too long.
   template <typename Visit>
   void as_vectors(const Elem* const* rows, int64_t dim, int64_t width, State* copy,
-                  const Visit& visit) const {
+                  const Visit& visit) {
     if (dim == width) return visit(rows);
     const State* copies[kKeyBlock];
     for (int64_t j = begin_ / kLanes * kLanes; j < round_up(end_, kLanes); ++j) {
+      fetch(rows[j], dim);
       copy_row<Rows>(rows[j], dim, width, copy + j * width);
       copies[j] = copy + j * width;
     }
+    ahead_ = 0;  // the copies are here
     visit(static_cast<const State* const*>(copies));
   }
 
-  // Rows that come next, V of this key block or K of the one after it, on their way to the L2 cache
-  // while the arithmetic runs: left to itself, memory would wait for the one and the other.
-  struct Fetch {
-    const Elem* const* rows;
-    int64_t dim, shift;
-  };
+  // How far before its use a row is asked for: far enough for memory, and over the end of a page,
+  // where the processor's own prefetching stops. K's rows of the next key block too: they wait in
+  // the L2 cache while V streams by.
+  static int64_t bytes_ahead(int64_t dim, int64_t stride) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(Elem));
+    return divide_up(kAhead, dim * kBytes) * stride * kBytes;
+  }
 
-  RA_INLINE void fetch(int64_t j, int64_t count) const {
-    const auto bytes = [](int64_t dim) { return dim * static_cast<int64_t>(sizeof(Elem)); };
-    for (int64_t i = j; i < j + count; ++i) {
-      const uintptr_t row = reinterpret_cast<uintptr_t>(fetch_.rows[i]) + bytes(fetch_.shift);
-      for (int64_t at = 0; at < bytes(fetch_.dim); at += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(row + at), 0, 2);
-      }
+  template <typename Row>
+  RA_INLINE void fetch(const Row* row, int64_t count) const {
+    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Row)); at += 64) {
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + ahead_ + at));
     }
   }
 
@@ -189,14 +192,19 @@ class FewRows {
     alignas(64) State products[kLanes];
     const int64_t end = end_;
     for (int64_t j = begin_ / kKeys * kKeys; j < end; j += kKeys) {
-      if (first == 0) fetch(j, kKeys);
+      if (first == 0) {
+        for (int s = 0; s < kKeys; ++s) fetch(keys[j + s], width_);
+      }
       V sum[kLanes];  // [rows][keys]
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) sum[i] = V::zero();
       for (int64_t d = 0; d < width_; d += kLanes) {
         V q[kRows];
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) q[r] = V::load(q_ + (first + r) * width_ + d);
+        for (int r = 0; r < kRows; ++r) {
+          q[r] = V::load(q_ + (first + r) * width_ + d);
+          pin(q[r]);  // for all keys, or every multiply-add would load it again
+        }
 #pragma GCC unroll 16
         for (int s = 0; s < kKeys; ++s) {
           const V key = V::load(keys[j + s] + d);
@@ -259,21 +267,26 @@ class FewRows {
     m_[r] = most;
   }
 
-  // O += P V
+  // O += P V, a few keys at a time: memory is read in order, row by row.
   template <typename Row>
   void add(const Row* const* values) {
     constexpr int kVecs = kLanes == 16 ? 4 : 2;  // registers
-    by_rows([&]<int kRows>(int64_t r) {
-      int64_t d = 0;
-      for (; d + kVecs * kLanes <= v_width_; d += kVecs * kLanes) {
-        add_rows<kRows, kVecs>(r, d, values);
-      }
-      for (; d < v_width_; d += kLanes) add_rows<kRows, 1>(r, d, values);
-    });
+    for (int64_t j = begin_; j < end_; j += kKeyGroup) {
+      const int64_t end = std::min(j + kKeyGroup, end_);
+      for (int64_t i = j; i < end; ++i) fetch(values[i], v_width_);
+      by_rows([&]<int kRows>(int64_t r) {
+        int64_t d = 0;
+        for (; d + kVecs * kLanes <= v_width_; d += kVecs * kLanes) {
+          add_rows<kRows, kVecs>(r, d, j, end, values);
+        }
+        for (; d < v_width_; d += kLanes) add_rows<kRows, 1>(r, d, j, end, values);
+      });
+    }
   }
 
   template <int kRows, int kVecs, typename Row>
-  __attribute__((noinline)) void add_rows(int64_t first, int64_t d, const Row* const* values) {
+  RA_INLINE void add_rows(int64_t first, int64_t d, int64_t begin, int64_t end,
+                          const Row* const* values) {
     V sum[kRows][kVecs];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -281,9 +294,7 @@ class FewRows {
       for (int v = 0; v < kVecs; ++v) sum[r][v] = V::zero();
     }
     const State* probs = scores_ + first * kKeyBlock;
-    const int64_t end = end_;
-    for (int64_t j = begin_; j < end; ++j) {
-      if (first == 0 && d == 0) fetch(j, 1);
+    for (int64_t j = begin; j < end; ++j) {
       V value[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) value[v] = V::load(values[j] + d + v * kLanes);
@@ -366,7 +377,7 @@ class FewRows {
   const int64_t width_, v_width_;  // the head dims in whole vectors
   Interval seen_[kMostRows];       // of the block in hand
   int64_t begin_, end_;            // of the key block in hand: what some row sees
-  Fetch fetch_;
+  int64_t ahead_;                  // bytes, see bytes_ahead()
   State m_[kMostRows], l_[kMostRows];
   State* q_;       // [rows][width]
   State* acc_;     // O [rows][v_width]

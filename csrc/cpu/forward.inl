@@ -51,8 +51,10 @@ class Forward {
     const TileShape shape = Arch::forward_shape(std::max(p.head_dim, p.v_head_dim));
     const int64_t rows = QueryRows(p, shape.panel).count(), problems = p.batch * p.kv_heads;
     const int64_t panels = problems * divide_up(rows, shape.panel);
-    // As many panels as share the packing of a key block, but few enough for all threads to work.
-    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(panels / 16, 1, shape.panels);
+    // As many panels as share what is read and packed of a key block, but few enough for all
+    // threads to work: on tiles, or on parts of the keys.
+    const int64_t tasks = panels * KeyParts::most(p, shape.key_block);
+    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(tasks / 16, 1, shape.panels);
     const int64_t tiles = divide_up(rows, tile_rows);
     KeyParts parts(p, shape.key_block, problems * tiles);
     parallel(problems * tiles * parts.count(), [&](int64_t task) {

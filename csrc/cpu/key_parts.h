@@ -15,13 +15,17 @@ namespace ring_attention::cpu {
 
 class KeyParts {
  public:
+  // How many parts the keys are good for.
+  static int64_t most(const ForwardParams& p, int64_t key_block) {
+    return std::max<int64_t>(keys_of(p, key_block) / kLeastKeys, 1);
+  }
+
   // Keys are counted over all blocks, each padded to key_block. `tasks` is what a part amounts to.
   KeyParts(const ForwardParams& p, int64_t key_block, int64_t tasks)
       : whole_(p), rows_(p.batch * p.heads * p.q_len) {
-    int64_t keys = 0;
-    for (int64_t i = 0; i < p.num_blocks; ++i) keys += round_up(p.blocks[i].k_len, key_block);
+    const int64_t keys = keys_of(p, key_block);
     const int64_t wanted = tasks < kFewTasks ? kManyTasks / tasks : 1;
-    const int64_t parts = std::clamp<int64_t>(keys / kLeastKeys, 1, wanted);
+    const int64_t parts = std::min(most(p, key_block), wanted);
     part_ = round_up(divide_up(keys, parts), key_block);
     // Rounding up may leave nothing for the last ones.
     const int64_t filled = part_ == 0 ? 1 : divide_up(keys, part_);
@@ -52,6 +56,12 @@ class KeyParts {
  private:
   static constexpr int64_t kFewTasks = 16, kManyTasks = 32, kLeastKeys = 1024;
   static constexpr int64_t kRowsPerTask = 64;
+
+  static int64_t keys_of(const ForwardParams& p, int64_t key_block) {
+    int64_t keys = 0;
+    for (int64_t i = 0; i < p.num_blocks; ++i) keys += round_up(p.blocks[i].k_len, key_block);
+    return keys;
+  }
 
   int64_t state_bytes() const { return whole_.dtype == DType::kFloat64 ? 8 : 4; }
 

@@ -82,8 +82,11 @@ RA_INLINE Vec256 exp2(Vec256 x) {
   const __m256 low = _mm256_set1_ps(-126.0f), high = _mm256_set1_ps(127.0f);
   const Vec256 bounded = {_mm256_min_ps(high, _mm256_max_ps(low, x.raw))};
   const Vec256 n = nearest(bounded), r = bounded - n;
-  const Vec256 p = scale_by_power(fma(exp2_minus_one<kTerms>(r), r, Vec256::set(1.0f)), n);
-  return {_mm256_and_ps(p.raw, _mm256_cmp_ps(x.raw, low, _CMP_NLT_UQ))};
+  const Vec256 p = fma(exp2_minus_one<kTerms>(r), r, Vec256::set(1.0f));
+  // Added to the exponent of p, in [0.7, 1.5): where that would leave the normal numbers, x < low.
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.raw), 23);
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.raw), power));
+  return {_mm256_and_ps(scaled, _mm256_cmp_ps(x.raw, low, _CMP_NLT_UQ))};
 }
 
 RA_INLINE Vec256 sums_of_lanes(const Vec256 (&x)[8]) {
