@@ -16,7 +16,8 @@ import torch
 from mutant_problems import Case, case, garbage, problems
 from torch import Tensor
 
-import test_ops as t
+import intervals as masks
+import problems as t
 from ring_attention import ops
 
 # Of out, lse, dq, dk, dv.
@@ -38,7 +39,7 @@ def forward_cases(dtype: torch.dtype, dim: int, v_dim: int, softcap: float) -> I
         shape = one | {"v_head_dim": narrow, "softcap": softcap}
         p = t.problem(dtype, q_len=33, k_len=40, **shape)
         yield case(f"to odd elements, {narrow}", p, partial(to_odd_elements, p), OUT)
-        p = t.problem(dtype, t.scattered, q_len=32, k_len=520, **shape)
+        p = t.problem(dtype, masks.scattered, q_len=32, k_len=520, **shape)
         yield case(f"parts, {narrow}", p, partial(t.folded, p, [t.blocks(p, ())]), OUT)
 
 
@@ -56,7 +57,7 @@ def backward_problems(dtype: torch.dtype, dim: int, v_dim: int) -> Iterator[tupl
     capped = itertools.islice(problems(dtype, dim, v_dim, 3.0), 3)
     yield from ((f"capped, {name}", call) for name, call in capped)
     one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1}
-    few = t.problem(dtype, t.full, q_len=530, k_len=9, head_dim=dim, v_head_dim=v_dim, **one)
+    few = t.problem(dtype, masks.full, q_len=530, k_len=9, head_dim=dim, v_head_dim=v_dim, **one)
     yield "few keys", (few, (5,))
     for narrow in range(16, min(dim, v_dim), 8):
         other = max(16, min(dim, v_dim) + 8 - narrow)
@@ -131,7 +132,7 @@ def added(
 def row_cases(dtype: torch.dtype, *_: Any) -> Iterator[Case]:
     """The kernels that take a warp for each row: combine, finish, delta, the sinks' gradient."""
     # A lane takes every 32nd column, the compiler four of them at a time; 333 rows fill no block.
-    for mask, dim in ((t.scattered, 40), (t.full, 136), (t.scattered, 256)):
+    for mask, dim in ((masks.scattered, 40), (masks.full, 136), (masks.scattered, 256)):
         name, shape = f"{mask.__name__} {dim}", {"batch": 3, "heads": 3, "kv_heads": 1}
         p = t.problem(dtype, mask, k_len=101, head_dim=48, v_head_dim=dim, sinks=True, **shape)
         states = halves(p)

@@ -151,7 +151,8 @@ std::string mutate(Machine& machine, const std::string& kernel, size_t instructi
   Random random(seed);
   const Piece piece{at.begin, at.end - at.begin};
   const std::string now(trim(std::string_view(text.body).substr(at.begin, piece.length)));
-  if (now.empty()) return "";  // the return that running off the end is
+  // Running off the end is a return anyway.
+  if (now.empty() || now == "ret") return "";
   const std::string mutant = changed(now, random);
   text.body = with(text.body, piece, mutant);
   std::unique_ptr<Program> program = parse_kernel(module, kernel, text);
