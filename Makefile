@@ -80,7 +80,7 @@ else
 # The log is added to, since only what has changed is compiled: the last word on a kernel counts.
 cuda: $(VENV)/built
 	@mkdir -p $(CUDA_BUILD)
-	RING_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/lib \
+	RING_ATTENTION_CUDA=only $(BIN)/python setup.py --quiet build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/lib \
 	    >> $(CUDA_BUILD)/log 2>&1 || { tail -n 40 $(CUDA_BUILD)/log; exit 1; }
 	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
 

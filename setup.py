@@ -5,8 +5,8 @@ _C        the operators, on LibTorch's stable ABI: one binary serves every torch
 _C_cuda   the same on CUDA, a library of its own that is loaded only where torch has CUDA
 _planner  the planner, a pybind11 module without torch
 
-RING_ATTENTION_CUDA=1 builds _C_cuda, 0 does not; unset, it is built where nvcc and a torch with
-CUDA are. Whether this machine has a GPU does not matter.
+RING_ATTENTION_CUDA=1 builds _C_cuda, 0 does not, "only" builds nothing else; unset, it is built
+where nvcc and a torch with CUDA are. Whether this machine has a GPU does not matter.
 """
 
 import os
@@ -44,11 +44,12 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
 
 
-def setting(name: str) -> str | None:
-    """The environment variable `name`: "0", "1", or None where it is unset."""
+def setting(name: str, *others: str) -> str | None:
+    """The environment variable `name`: "0", "1", one of `others`, or None where it is unset."""
     value = os.environ.get(name)
-    if value not in (None, "0", "1"):
-        raise SystemExit(f"ring_attention: expected {name} unset or 0 or 1, got {value!r}")
+    if value not in (None, "0", "1", *others):
+        allowed = " or ".join(["unset", "0", "1", *others])
+        raise SystemExit(f"ring_attention: expected {name} {allowed}, got {value!r}")
     return value
 
 
@@ -58,14 +59,14 @@ def sources(*patterns: str) -> list[str]:
 
 def cuda() -> tuple[bool, str]:
     """Whether to build _C_cuda, and why."""
-    asked = setting("RING_ATTENTION_CUDA")
-    if asked == "1" and CUDA_HOME is None:
+    asked = setting("RING_ATTENTION_CUDA", "only")
+    if asked not in (None, "0") and CUDA_HOME is None:
         raise SystemExit(
-            "ring_attention: expected nvcc with RING_ATTENTION_CUDA=1, found none; install the "
-            "CUDA toolkit, set CUDA_HOME, or set RING_ATTENTION_CUDA=0"
+            f"ring_attention: expected nvcc with RING_ATTENTION_CUDA={asked}, found none; install "
+            "the CUDA toolkit, set CUDA_HOME, or set RING_ATTENTION_CUDA=0"
         )
     if asked is not None:
-        return asked == "1", f"RING_ATTENTION_CUDA={asked}"
+        return asked != "0", f"RING_ATTENTION_CUDA={asked}"
     if torch.version.cuda is None:
         return False, f"torch {torch.__version__} has no CUDA"
     return CUDA_HOME is not None, f"nvcc in {CUDA_HOME}" if CUDA_HOME else "no nvcc found"
@@ -132,8 +133,8 @@ if CUDA:
             libraries=["torch_cuda", "torch_cpu", "torch", "cudart_static", "rt", "dl", "pthread"],
         )
     )
-print(
-    f"ring_attention: building the planner, the CPU operators and {'the' if CUDA else 'no'} CUDA "
-    f"operators ({why}){', with sanitizers' if SANITIZE else ''}"
-)
+if setting("RING_ATTENTION_CUDA", "only") == "only":  # for `make cuda`
+    modules = modules[-1:]
+names = ", ".join(module.name.split(".")[1] for module in modules)
+print(f"ring_attention: building {names} ({why}){', with sanitizers' if SANITIZE else ''}")
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

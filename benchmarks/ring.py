@@ -260,7 +260,8 @@ def main() -> None:
         if "LOCAL_RANK" not in os.environ:
             parser.error("expected torchrun with --device cuda: one rank per GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        options_nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        dist.init_process_group("nccl", pg_options=options_nccl)
         options.ranks, options.peer = [dist.get_world_size()], False
         if dist.get_rank() != 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

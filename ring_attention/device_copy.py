@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the host knows and kernels read on a device: copied once, without a wait on the host."""
+"""What the host knows and kernels read on a device: copied once, without a wait on the host.
+
+Note [captures]. While a CUDA graph is captured nothing may be copied from the host, and no event
+recorded before may be asked or waited for. So whatever a plan has on a device is made by a first
+call outside: the warm-up that graphs ask for anyway. It has arrived by then, as torch.cuda.graph
+begins with torch.cuda.synchronize(). A graph reads it at every replay: keep the plan that long.
+"""
 
 import torch
 from torch import Tensor
@@ -10,6 +16,9 @@ class DeviceCopy:
 
     On CUDA the copy is made from pinned memory on the stream that is current then; other streams
     wait for it on the device.
+
+    Raises:
+        RuntimeError: the current stream is being captured, see Note [captures].
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
@@ -17,6 +26,11 @@ class DeviceCopy:
         if device.type != "cuda":
             self._tensor = host.to(device)
             return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "ring_attention: expected a call that is captured in a CUDA graph to have run "
+                f"before with this plan on {device}, got its first; run it once before the capture"
+            )
         self._stream = torch.cuda.current_stream(device)
         self._tensor = host.pin_memory().to(device, non_blocking=True)
         self._arrived = self._stream.record_event()
@@ -27,13 +41,11 @@ class DeviceCopy:
 
     def get(self) -> Tensor:
         """The copy, to be read on the current stream."""
-        if self._tensor.device.type != "cuda":
+        if self._tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return self._tensor
         current = torch.cuda.current_stream(self._tensor.device)
         if current == self._stream:
             return self._tensor
-        # Asked until the copy has arrived, and then never again: a captured graph may not wait for
-        # what was recorded outside of it.
         if self._arrived is not None and self._arrived.query():
             self._arrived = None
         if self._arrived is not None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import priority
 from .buffers import BufferPool
 
 
@@ -228,6 +229,11 @@ class ProcessGroupTransport(Transport):
             what = "; ".join(str(message) for message in messages)
             raise RingError(f"ring_attention: posting failed: {what}: {error}") from error
         return _Works(messages, works, self.name)
+
+    def warm_up(self, device: torch.device) -> None:
+        if device.type != "cpu" and device not in self.book.warm:
+            priority.advise(self.group, device)
+        super().warm_up(device)
 
     def gather_equal(self, x: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(x) for _ in range(self.size)]

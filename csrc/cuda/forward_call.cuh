@@ -11,6 +11,12 @@
 
 namespace ring_attention::cuda {
 
+// What a launch is cut into.
+struct TileSize {
+  int rows, keys;
+  int blocks;  // on a multiprocessor
+};
+
 // Note [split keys]: where query tiles are few, the keys of a launch are cut into parts, by shape,
 // and each tile is as many blocks of threads. Each writes a state; join_parts() joins them.
 struct ForwardParts {
@@ -21,16 +27,17 @@ struct ForwardParts {
   float* m = nullptr;
   float* l = nullptr;
 
-  static constexpr int64_t kWantedBlocks = 264;  // two for each multiprocessor of large devices
-  static constexpr int64_t kLeastKeys = 256;     // to make up for a state written and read again
+  static constexpr int64_t kMultiprocessors = 132;  // of large devices: those of an H100
+  static constexpr int64_t kLeastKeys = 256;        // to make up for a state written and read again
 
-  static ForwardParts of(const KVBlocks& blocks, int64_t tiles, int key_tile) {
+  static ForwardParts of(const KVBlocks& blocks, int64_t tiles, const TileSize& tile) {
     int64_t keys = 0;
-    for (int i = 0; i < blocks.count; ++i) keys += round_up(blocks.block[i].k_len, key_tile);
-    const int64_t wanted = std::max<int64_t>(kWantedBlocks / std::max<int64_t>(tiles, 1), 1);
+    for (int i = 0; i < blocks.count; ++i) keys += round_up(blocks.block[i].k_len, tile.keys);
+    const int64_t blocks_wanted = kMultiprocessors * std::max(tile.blocks, 2);
+    const int64_t wanted = std::max<int64_t>(blocks_wanted / std::max<int64_t>(tiles, 1), 1);
     const int64_t parts = std::clamp<int64_t>(keys / kLeastKeys, 1, wanted);
     ForwardParts result;
-    result.keys = round_up(divide_up(keys, parts), key_tile);
+    result.keys = round_up(divide_up(keys, parts), tile.keys);
     // Rounding up may leave nothing for the last ones.
     if (keys > 0) result.count = static_cast<int>(divide_up(keys, result.keys));
     return result;
@@ -62,14 +69,14 @@ struct ForwardCall {
   ScoreScale scale;
   ForwardParts parts;
 
-  // The blocks [first_block, first_block + kMaxBlocks) of a call, in tiles of these sizes.
-  static ForwardCall of(const ForwardParams& p, int64_t first_block, int rows, int keys) {
+  // The blocks [first_block, first_block + kMaxBlocks) of a call, in tiles of this size.
+  static ForwardCall of(const ForwardParams& p, int64_t first_block, const TileSize& tile) {
     ForwardCall call{.params = p,
                      .blocks = KVBlocks::of(p, first_block),
-                     .grid = QueryGrid::of(p, rows),
+                     .grid = QueryGrid::of(p, tile.rows),
                      .scale = ScoreScale::of(p.scale, p.softcap),
                      .parts = {}};
-    call.parts = ForwardParts::of(call.blocks, call.grid.count(p.batch), keys);
+    call.parts = ForwardParts::of(call.blocks, call.grid.count(p.batch), tile);
     return call;
   }
   int64_t grid_size() const { return grid.count(params.batch) * parts.count; }

@@ -94,19 +94,22 @@ __global__ void join_parts_kernel(const __grid_constant__ ForwardCall call) {
   RowState state = initial_state(p, row, static_cast<int>(row / p.q_len % p.heads));
   __syncwarp();  // before lane 0 writes what all lanes read
   float acc[kColumns] = {};
-  const auto add = [&](const float* columns, float ours, float theirs) {
+  const auto load = [&](float (&columns)[kColumns], const float* from) {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      if (lane + 32 * i < dim) acc[i] = ours * acc[i] + theirs * columns[lane + 32 * i];
-    }
+    for (int i = 0; i < kColumns; ++i) columns[i] = lane + 32 * i < dim ? from[32 * i] : 0.0f;
   };
-  if (!p.first && state.l != 0.0f) add(static_cast<const float*>(p.acc) + row * dim, 0.0f, 1.0f);
+  if (!p.first && state.l != 0.0f) load(acc, static_cast<const float*>(p.acc) + row * dim + lane);
+  // Parts may be many and rows few: what the next ones need is on its way while one is added.
+#pragma unroll 4
   for (int part = 0; part < call.parts.count; ++part) {
     const int64_t at = part * rows + row;
     const RowState other{call.parts.m[at], call.parts.l[at]};
+    float columns[kColumns];
+    load(columns, call.parts.acc + at * dim + lane);
     if (other.l == 0.0f) continue;
     const Join join(state, other);
-    add(call.parts.acc + at * dim, join.ours, join.theirs);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) acc[i] = join.ours * acc[i] + join.theirs * columns[i];
     state = join.joined;
   }
   const float normalizer = state.normalizer();

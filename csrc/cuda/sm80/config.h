@@ -26,8 +26,28 @@ struct ForwardShape {
   constexpr int threads() const { return warps * 32; }
 };
 
+// Note [few rows]. Decoding reads every key for a handful of rows, so that memory is the bound: one
+// band of rows to a warp, and small blocks, several on a multiprocessor, that between them keep
+// 48 KB or more on its way (two or three tiles of each) and have a warp for each tensor core.
+constexpr int kFewRows = 32;
+
+template <int kQkDim>
+constexpr ForwardShape few_rows_shape() {
+  if (kQkDim <= 32) return {.warps = 2, .warp_rows = 16, .keys = 64, .stages = 4, .blocks = 4};
+  if (kQkDim <= 64) return {.warps = 2, .warp_rows = 16, .keys = 64, .stages = 3, .blocks = 4};
+  if (kQkDim <= 96) return {.warps = 2, .warp_rows = 16, .keys = 32, .stages = 4, .blocks = 4};
+  if (kQkDim <= 128) return {.warps = 2, .warp_rows = 16, .keys = 32, .stages = 3, .blocks = 4};
+  if (kQkDim <= 192) return {.warps = 2, .warp_rows = 16, .keys = 32, .stages = 3, .blocks = 3};
+  return {.warps = 2, .warp_rows = 16, .keys = 16, .stages = 3, .blocks = 3};
+}
+
+// What a tile is chosen for.
+enum class TileFor { kFewRows, kLargeSmem, kSmallSmem };
+
 template <int kQkDim, int kVDim>
-constexpr ForwardShape forward_shape(bool large_smem) {
+constexpr ForwardShape forward_shape(TileFor use) {
+  const bool large_smem = use == TileFor::kLargeSmem;
+  if (use == TileFor::kFewRows) return few_rows_shape<kQkDim>();
   if (kQkDim <= 32) return {.warps = 4, .warp_rows = 32, .keys = 64, .stages = 4, .blocks = 2};
   if (kQkDim <= 64) return {.warps = 4, .warp_rows = 32, .keys = 64, .stages = 4, .blocks = 2};
   if (kQkDim <= 96) {
@@ -50,10 +70,9 @@ constexpr ForwardShape forward_shape(bool large_smem) {
   return {.warps = 8, .warp_rows = 16, .keys = 32, .stages = 2, .blocks = 1};
 }
 
-// A forward kernel's numbers, as a type.
-template <int kQkDim, int kVDim, bool kLargeSmem>
+// A forward kernel's numbers, as a type. Uses with the same shape share a kernel.
+template <int kQkDim, int kVDim, ForwardShape kShape>
 struct ForwardTile {
-  static constexpr ForwardShape kShape = forward_shape<kQkDim, kVDim>(kLargeSmem);
   static constexpr int kQk = kQkDim, kV = kVDim;
   static constexpr int kRows = kShape.rows(), kKeys = kShape.keys, kStages = kShape.stages;
   static constexpr int kThreads = kShape.threads(), kBlocks = kShape.blocks;
@@ -66,10 +85,20 @@ struct ForwardTile {
     KeyPlan plan;
   };
   static constexpr int kSmemBytes = sizeof(SharedMemoryPlan);
-  static constexpr int kDeviceBytes = kLargeSmem ? kLargeSmemBytes : kSmallSmemBytes;
-  static_assert(kSmemBytes <= kDeviceBytes);
-  static_assert(kBlocks * (kSmemBytes + 1024) <= kDeviceBytes + 1024);
   static_assert(kStages >= 2 && kKeys % 16 == 0);
+
+  static constexpr bool fit(int blocks, int device_bytes) {
+    return blocks * (kSmemBytes + 1024) <= device_bytes + 1024;
+  }
+};
+
+template <typename Dims, TileFor kUse>
+struct ForwardTileFor {
+  using Tile = ForwardTile<Dims::kQk, Dims::kV, forward_shape<Dims::kQk, Dims::kV>(kUse)>;
+  // Few rows are one tile for all devices: small ones have two of its blocks.
+  static_assert(kUse != TileFor::kFewRows || Tile::fit(2, kSmallSmemBytes));
+  static_assert(Tile::fit(Tile::kBlocks,
+                          kUse == TileFor::kSmallSmem ? kSmallSmemBytes : kLargeSmemBytes));
 };
 
 // fp32 inputs: 8 rows to a warp, a key to a lane for S, a column to a lane for O. Head dims are

@@ -8,30 +8,39 @@
 namespace ring_attention::cuda {
 namespace {
 
-using sm80::kLargeSmemBytes;
+using sm80::TileFor;
 
-// Calls visitor(rows, keys, launch) with the tile that serves a call, and its launcher.
+// With a softcap all devices take the small ones' tile: what tanh costs is not saved by a longer
+// ring, and these kernels take the compiler longest.
+TileFor tile_for(const ForwardParams& p, const Device& device) {
+  if (p.heads / p.kv_heads * p.q_len <= sm80::kFewRows) return TileFor::kFewRows;
+  const bool large_smem = device.smem_optin_bytes >= sm80::kLargeSmemBytes;
+  return large_smem && p.softcap == 0.0 ? TileFor::kLargeSmem : TileFor::kSmallSmem;
+}
+
+// Calls visitor(tile, launch) with the tile that serves a call, and its launcher.
 template <typename Visitor>
 cudaError_t visit_kernel(const ForwardParams& p, const Device& device, const Visitor& visitor) {
-  const bool large = device.smem_optin_bytes >= kLargeSmemBytes;
+  const TileFor use = tile_for(p, device);
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
-    constexpr auto kSmall = sm80::forward_shape<Dims::kQk, Dims::kV>(false);
-    constexpr auto kLarge = sm80::forward_shape<Dims::kQk, Dims::kV>(true);
-    const sm80::ForwardShape shape = large ? kLarge : kSmall;
+    const auto visit = [&]<typename Elem>(Elem) {
+      const sm80::ForwardShape shape = sm80::forward_shape<Dims::kQk, Dims::kV>(use);
+      const TileSize tile = {.rows = shape.rows(), .keys = shape.keys, .blocks = shape.blocks};
+      return visitor(tile, [use](const ForwardCall& call, cudaStream_t stream) {
+        return sm80::launch_forward<Elem, Dims>(call, use, stream);
+      });
+    };
     switch (p.dtype) {
       case DType::kBFloat16:
-        return visitor(shape.rows(), shape.keys, [&](const ForwardCall& call, cudaStream_t stream) {
-          return sm80::launch_forward<BFloat16, Dims>(call, large, stream);
-        });
+        return visit(BFloat16{});
       case DType::kFloat16:
-        return visitor(shape.rows(), shape.keys, [&](const ForwardCall& call, cudaStream_t stream) {
-          return sm80::launch_forward<Float16, Dims>(call, large, stream);
-        });
+        return visit(Float16{});
       case DType::kFloat32: {
         constexpr int kWide = Dims::kQk > Dims::kV ? Dims::kQk : Dims::kV;
         constexpr int kDim = kWide <= 64 ? 64 : kWide <= 128 ? 128 : 256;
         using Tile = sm80::Fp32Tile<kDim>;
-        return visitor(Tile::kRows, Tile::kKeys, [](const ForwardCall& call, cudaStream_t stream) {
+        const TileSize tile = {.rows = Tile::kRows, .keys = Tile::kKeys, .blocks = 2};
+        return visitor(tile, [](const ForwardCall& call, cudaStream_t stream) {
           return sm80::launch_forward_fp32<kDim>(call, stream);
         });
       }
@@ -106,9 +115,9 @@ cudaError_t copy_state(const ForwardParams& from, const ForwardParams& to, cudaS
 
 int64_t forward_workspace_bytes(const ForwardParams& p, const Device& device) {
   int64_t bytes = 0;
-  visit_kernel(p, device, [&](int rows, int keys, const auto&) {
+  visit_kernel(p, device, [&](const TileSize& tile, const auto&) {
     for (int64_t i = 0; i < launches(p); ++i) {
-      const ForwardCall call = ForwardCall::of(p, i * kMaxBlocks, rows, keys);
+      const ForwardCall call = ForwardCall::of(p, i * kMaxBlocks, tile);
       bytes = std::max(bytes, call.parts.workspace_bytes(p));
     }
     return cudaSuccess;
@@ -120,11 +129,11 @@ cudaError_t forward(const ForwardParams& p, void* workspace, const Device& devic
                     cudaStream_t stream) {
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
   if (!aligned(p)) return cudaErrorMisalignedAddress;
-  return visit_kernel(p, device, [&](int rows, int keys, const auto& launch) {
+  return visit_kernel(p, device, [&](const TileSize& tile, const auto& launch) {
     const int64_t n = launches(p);
     for (int64_t i = 0; i < n; ++i) {
       const ForwardParams params = launch_params(p, i, n, workspace);
-      ForwardCall call = ForwardCall::of(params, i * kMaxBlocks, rows, keys);
+      ForwardCall call = ForwardCall::of(params, i * kMaxBlocks, tile);
       if (call.parts.count > 1) {
         call.parts.place(static_cast<char*>(workspace) + own_state_bytes(p), params);
       }

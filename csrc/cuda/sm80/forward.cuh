@@ -395,14 +395,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 }
 
 template <typename Elem, typename Dims>
-cudaError_t launch_forward(const ForwardCall& call, bool large_smem, cudaStream_t stream) {
-  return visit_flag(large_smem, [&]<typename Large>(Large) {
-    return visit_flag(call.params.softcap != 0.0, [&]<typename Softcap>(Softcap) {
-      using Tile = ForwardTile<Dims::kQk, Dims::kV, Large::value>;
-      return launch(forward_kernel<Elem, Tile, Softcap::value>, call, Tile::kThreads,
-                    Tile::kSmemBytes, stream);
-    });
-  });
+cudaError_t launch_forward(const ForwardCall& call, TileFor use, cudaStream_t stream) {
+  const auto start = [&]<TileFor kUse, bool kSoftcap>() {
+    using Tile = typename ForwardTileFor<Dims, kUse>::Tile;
+    return launch(forward_kernel<Elem, Tile, kSoftcap>, call, Tile::kThreads, Tile::kSmemBytes,
+                  stream);
+  };
+  const bool softcap = call.params.softcap != 0.0;
+  switch (use) {
+    case TileFor::kFewRows:
+      return softcap ? start.template operator()<TileFor::kFewRows, true>()
+                     : start.template operator()<TileFor::kFewRows, false>();
+    case TileFor::kLargeSmem:  // see tile_for()
+      return softcap ? cudaErrorNotSupported
+                     : start.template operator()<TileFor::kLargeSmem, false>();
+    default:
+      return softcap ? start.template operator()<TileFor::kSmallSmem, true>()
+                     : start.template operator()<TileFor::kSmallSmem, false>();
+  }
 }
 
 }  // namespace ring_attention::cuda::sm80

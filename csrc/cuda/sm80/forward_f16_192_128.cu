@@ -3,7 +3,7 @@
 
 namespace ring_attention::cuda::sm80 {
 
-template cudaError_t launch_forward<Float16, HeadDims<192, 128>>(const ForwardCall&, bool,
+template cudaError_t launch_forward<Float16, HeadDims<192, 128>>(const ForwardCall&, TileFor,
                                                                  cudaStream_t);
 
 }  // namespace ring_attention::cuda::sm80

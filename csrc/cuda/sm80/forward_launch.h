@@ -4,13 +4,14 @@
 #pragma once
 
 #include "../forward_call.cuh"
+#include "config.h"
 
 namespace ring_attention::cuda::sm80 {
 
-// Elem: BFloat16 or Float16. The tile of `call` is that of these head dims (a HeadDims) and of this
-// class of devices.
+// Elem: BFloat16 or Float16. The tile of `call` is that of these head dims (a HeadDims) and this
+// use.
 template <typename Elem, typename Dims>
-cudaError_t launch_forward(const ForwardCall& call, bool large_smem, cudaStream_t stream);
+cudaError_t launch_forward(const ForwardCall& call, TileFor use, cudaStream_t stream);
 
 // The tile is Fp32Tile<kMaxDim>.
 template <int kMaxDim>

@@ -6,6 +6,7 @@
 //
 //   RING_ATTENTION_PTXVM_SEED   the order of blocks, warps and steps; 1 when unset
 //   RING_ATTENTION_PTXVM_SMEM   KiB of shared memory a block may have; 163 when unset
+//   RING_ATTENTION_PTXVM_STATISTICS   a file that is told at the end what each kernel executed
 //   RING_ATTENTION_CUDA_BACKWARD=atomic   the backward whose dq is added up by atomics
 #include "cpu/isa_ptx.h"
 
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -34,12 +36,23 @@ long setting(const char* name, long otherwise) {
   return value == nullptr ? otherwise : std::strtol(value, nullptr, 10);
 }
 
+// A line per kernel: its name, blocks, instructions, mma, shared memory's passes and conflicts.
+void write_statistics() {
+  std::ofstream file(std::getenv("RING_ATTENTION_PTXVM_STATISTICS"));
+  for (const auto& [kernel, x] : ptxvm::statistics()) {
+    file << kernel << ' ' << x.blocks << ' ' << x.instructions << ' ' << x.mma << ' '
+         << x.shared_passes << ' ' << x.bank_conflicts << '\n';
+  }
+}
+
 void set_up() {
   static const bool once = [] {
     ptxvm::Device device;
     device.smem_optin_bytes = static_cast<int>(setting("RING_ATTENTION_PTXVM_SMEM", 163)) * 1024;
     ptxvm::set_device(device);
     ptxvm::set_seed(static_cast<uint64_t>(setting("RING_ATTENTION_PTXVM_SEED", 1)));
+    // After the machine was made, so that it is still there.
+    if (std::getenv("RING_ATTENTION_PTXVM_STATISTICS") != nullptr) std::atexit(write_statistics);
     return true;
   }();
   static_cast<void>(once);
