@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mutant_problems import Case, case, garbage, problems
+from mutant_problems import Case, Drive, case, garbage, problems
 from torch import Tensor
 
 import intervals as masks
@@ -24,8 +24,8 @@ from ring_attention import ops
 OUT, GRADIENTS = slice(0, 2), slice(2, 5)
 
 
-def forward_cases(dtype: torch.dtype, dim: int, v_dim: int, softcap: float) -> Iterator[Case]:
-    for name, (p, cuts) in problems(dtype, dim, v_dim, softcap):
+def forward_cases(drive: Drive) -> Iterator[Case]:
+    for name, (p, cuts) in problems(drive):
         given = garbage(p) if name.startswith("garbage") else p
         kv = t.blocks(given, cuts)
         alone = [[block] for block in kv]
@@ -34,12 +34,12 @@ def forward_cases(dtype: torch.dtype, dim: int, v_dim: int, softcap: float) -> I
             calls |= {"cut": [kv], "one by one": alone, "carried": [[], *alone, []]}
         for how, groups in calls.items():
             yield case(f"{name}, {how}", p, partial(t.folded, given, groups), OUT)
-    one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": dim}
-    for narrow in range(16, v_dim + 1, 8):
-        shape = one | {"v_head_dim": narrow, "softcap": softcap}
-        p = t.problem(dtype, q_len=33, k_len=40, **shape)
+    one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1, "softcap": drive.softcap}
+    for narrow in range(16, drive.dims[1] + 1, 8):
+        shape = one | {"head_dim": drive.dims[0], "v_head_dim": narrow}
+        p = t.problem(drive.dtype, q_len=min(33, drive.rows), k_len=40, **shape)
         yield case(f"to odd elements, {narrow}", p, partial(to_odd_elements, p), OUT)
-        p = t.problem(dtype, masks.scattered, q_len=32, k_len=520, **shape)
+        p = t.problem(drive.dtype, masks.scattered, q_len=32, k_len=520, **shape)
         yield case(f"parts, {narrow}", p, partial(t.folded, p, [t.blocks(p, ())]), OUT)
 
 
@@ -51,10 +51,11 @@ def to_odd_elements(p: t.Problem) -> list[Tensor]:
     return [rows, lse]
 
 
-def backward_problems(dtype: torch.dtype, dim: int, v_dim: int) -> Iterator[tuple[str, Any]]:
-    yield from problems(dtype, dim, v_dim, 0.0)
+def backward_problems(drive: Drive) -> Iterator[tuple[str, Any]]:
+    dtype, (dim, v_dim) = drive.dtype, drive.dims
+    yield from problems(drive)
     # Here the softcap is not another kernel.
-    capped = itertools.islice(problems(dtype, dim, v_dim, 3.0), 3)
+    capped = itertools.islice(problems(replace(drive, softcap=3.0)), 3)
     yield from ((f"capped, {name}", call) for name, call in capped)
     one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1}
     few = t.problem(dtype, masks.full, q_len=530, k_len=9, head_dim=dim, v_head_dim=v_dim, **one)
@@ -66,8 +67,8 @@ def backward_problems(dtype: torch.dtype, dim: int, v_dim: int) -> Iterator[tupl
         )  # fmt: skip
 
 
-def backward_cases(dtype: torch.dtype, dim: int, v_dim: int, _: float) -> Iterator[Case]:
-    for name, (p, cuts) in backward_problems(dtype, dim, v_dim):
+def backward_cases(drive: Drive) -> Iterator[Case]:
+    for name, (p, cuts) in backward_problems(drive):
         out, lse = ops.forward(p.q, p.k, p.v, p.begin, p.end, p.sinks, p.scale, p.softcap)
         delta = ops.delta(out, p.dout, p.dlse)
         given = garbage(p) if name.startswith("garbage") else p
@@ -76,7 +77,7 @@ def backward_cases(dtype: torch.dtype, dim: int, v_dim: int, _: float) -> Iterat
             if how == "at once" or cuts:
                 run = partial(added, given, lse, delta, groups)
                 yield added_to_ones(case(f"{name}, {how}", p, run, GRADIENTS), len(groups))
-    yield far_rows(dtype, dim, v_dim)
+    yield far_rows(drive.dtype, *drive.dims)
 
 
 def far_rows(dtype: torch.dtype, dim: int, v_dim: int) -> Case:
@@ -129,12 +130,14 @@ def added(
     return [x - 1 for x in (dq, torch.cat(dks, dim=2), torch.cat(dvs, dim=2))]
 
 
-def row_cases(dtype: torch.dtype, *_: Any) -> Iterator[Case]:
+def row_cases(drive: Drive) -> Iterator[Case]:
     """The kernels that take a warp for each row: combine, finish, delta, the sinks' gradient."""
     # A lane takes every 32nd column, the compiler four of them at a time; 333 rows fill no block.
     for mask, dim in ((masks.scattered, 40), (masks.full, 136), (masks.scattered, 256)):
         name, shape = f"{mask.__name__} {dim}", {"batch": 3, "heads": 3, "kv_heads": 1}
-        p = t.problem(dtype, mask, k_len=101, head_dim=48, v_head_dim=dim, sinks=True, **shape)
+        p = t.problem(
+            drive.dtype, mask, k_len=101, head_dim=48, v_head_dim=dim, sinks=True, **shape
+        )
         states = halves(p)
         for how, both in {"in order": states, "swapped": states[::-1]}.items():
             yield case(f"combine, {name}, {how}", p, partial(combined, p, both), OUT)

@@ -78,18 +78,25 @@ def rising(p: Problem) -> Problem:
     )
 
 
-def problems(dtype: torch.dtype, dim: int, v_dim: int, softcap: float) -> Iterator[tuple[str, Any]]:
+@dataclass
+class Drive:
+    """What calls have in common so that they end up in one kernel."""
+
+    dtype: torch.dtype
+    dims: tuple[int, int]
+    softcap: float = 0.0
+    rows: int = 1 << 20  # at most, of all heads of a group
+
+
+def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     """The name of each call, the problem, and at which keys it is cut."""
+    dim, v_dim = drive.dims
 
     def of(mask: Any, heads: int, kv_heads: int, q_len: int, k_len: int, **more: Any) -> Any:
-        shape: dict[str, Any] = {
-            "head_dim": dim,
-            "v_head_dim": v_dim,
-            "softcap": softcap,
-            "batch": 1,
-        }
-        shape |= {"heads": heads, "kv_heads": kv_heads, "q_len": q_len, "k_len": k_len}
-        return problem(dtype, mask, **{**shape, **more})
+        shape: dict[str, Any] = {"head_dim": dim, "v_head_dim": v_dim, "softcap": drive.softcap}
+        shape |= {"batch": 1, "heads": heads, "kv_heads": kv_heads, "k_len": k_len}
+        shape["q_len"] = min(q_len, drive.rows * kv_heads // heads)
+        return problem(drive.dtype, mask, **{**shape, **more})
 
     pairs = of(masks.scattered_pairs, 4, 2, 37, 53, batch=2, sinks=True)
     pairs.sinks[1] = -math.inf  # none

@@ -13,6 +13,7 @@ execute its instruction are not tried, for they cannot tell it from the original
 
 import argparse
 import ctypes
+import fnmatch
 import json
 import os
 import random
@@ -39,25 +40,28 @@ DIVIDING = 80.0
 class Target:
     """A kernel, by its C++ name without namespaces, and what drives it."""
 
-    kernel: str
+    kernel: str  # * stands for anything
     cases: str  # of mutant_cases
     dtype: str = "bfloat16"
     dims: tuple[int, int] = (64, 64)
     softcap: float = 0.0
+    rows: int = 1 << 20
     environment: dict[str, str] = field(default_factory=dict)
     least: float = 95.0  # killed, in percent
 
 
-def forward(element: str, tile: str, softcap: bool = False) -> str:
-    return f"forward_kernel<{element}, ForwardTile<{tile}>, {str(softcap).lower()}>"
+def forward(element: str, dims: str, shape: str, softcap: bool = False) -> str:
+    tile = f"ForwardTile<{dims}, ForwardShape{{{shape}, *}}>"
+    return f"forward_kernel<{element}, {tile}, {str(softcap).lower()}>"
 
 
 TARGETS = {
-    "forward-bf16": Target(forward("BFloat16", "64, 64, true"), "forward"),
-    "forward-f16": Target(forward("Float16", "64, 64, true"), "forward", "float16"),
-    "forward-softcap": Target(forward("BFloat16", "64, 64, true", True), "forward", softcap=3.0),
+    "forward-bf16": Target(forward("BFloat16", "64, 64", "4, 32"), "forward"),
+    "forward-few": Target(forward("BFloat16", "64, 64", "2, 16"), "forward", rows=32),
+    "forward-f16": Target(forward("Float16", "64, 64", "4, 32"), "forward", "float16"),
+    "forward-softcap": Target(forward("BFloat16", "64, 64", "4, 32", True), "forward", softcap=3.0),
     "forward-narrow": Target(
-        forward("BFloat16", "192, 128, false"), "forward", dims=(192, 128), environment=SMALL
+        forward("BFloat16", "192, 128", "4, 16"), "forward", dims=(192, 128), environment=SMALL
     ),
     "forward-fp32": Target("forward_fp32_kernel<Fp32Tile<64>, false>", "forward", "float32"),
     "join-parts": Target("join_parts_kernel<BFloat16>", "forward", least=DIVIDING),
@@ -118,9 +122,10 @@ class VirtualGpu:
         names = {}
         for mangled, name in (line.split("\t") for line in lines):
             names[re.sub(r"\(anonymous namespace\)::|\b\w+::|^void |\(.*", "", name)] = mangled
-        if kernel not in names:
-            raise SystemExit(f"mutants: expected a kernel {kernel}, found {sorted(names)}")
-        self.kernel = names[kernel].encode()
+        matching = fnmatch.filter(names, kernel.replace("[", "[[]"))
+        if len(matching) != 1:
+            raise SystemExit(f"mutants: expected one kernel {kernel}, found {sorted(names)}")
+        self.kernel = names[matching[0]].encode()
 
     def instructions(self) -> list[Instruction]:
         lines = self.library.ptxvm_instructions(self.kernel).decode().splitlines()
@@ -161,6 +166,7 @@ def examine(target: Target, mutants: int, seed: int) -> Result:
     here = Path(__file__).parent
     sys.path[:0] = [str(here), str(here.parent)]
     import mutant_cases
+    import mutant_problems
     import torch
 
     torch.manual_seed(seed)
@@ -168,7 +174,9 @@ def examine(target: Target, mutants: int, seed: int) -> Result:
     gpu = VirtualGpu(target.kernel)
     make = getattr(mutant_cases, f"{target.cases}_cases")
     counted = []
-    for case in make(getattr(torch, target.dtype), *target.dims, target.softcap):
+    dtype = getattr(torch, target.dtype)
+    drive = mutant_problems.Drive(dtype, target.dims, target.softcap, target.rows)
+    for case in make(drive):
         gpu.restore()
         if how := fate(case):
             raise SystemExit(f"mutants: {target.kernel}, as compiled, fails {case.name}: {how}")
