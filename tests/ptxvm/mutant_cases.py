@@ -73,10 +73,12 @@ def backward_cases(drive: Drive) -> Iterator[Case]:
         delta = ops.delta(out, p.dout, p.dlse)
         given = garbage(p) if name.startswith("garbage") else p
         kv = t.blocks(given, cuts)
-        for how, groups in {"at once": [kv], "one by one": [[block] for block in kv]}.items():
-            if how == "at once" or cuts:
-                run = partial(added, given, lse, delta, groups)
-                yield added_to_ones(case(f"{name}, {how}", p, run, GRADIENTS), len(groups))
+        calls: dict[str, Sequence[Any]] = {"whole": [t.blocks(given, ())]}
+        if cuts:
+            calls |= {"cut": [kv], "one by one": [[block] for block in kv]}
+        for how, groups in calls.items():
+            run = partial(added, given, lse, delta, groups)
+            yield added_to_ones(case(f"{name}, {how}", p, run, GRADIENTS), len(groups))
     yield far_rows(drive.dtype, *drive.dims)
 
 
@@ -134,10 +136,9 @@ def row_cases(drive: Drive) -> Iterator[Case]:
     """The kernels that take a warp for each row: combine, finish, delta, the sinks' gradient."""
     # A lane takes every 32nd column, the compiler four of them at a time; 333 rows fill no block.
     for mask, dim in ((masks.scattered, 40), (masks.full, 136), (masks.scattered, 256)):
-        name, shape = f"{mask.__name__} {dim}", {"batch": 3, "heads": 3, "kv_heads": 1}
-        p = t.problem(
-            drive.dtype, mask, k_len=101, head_dim=48, v_head_dim=dim, sinks=True, **shape
-        )
+        shape = {"batch": 3, "heads": 3, "kv_heads": 1, "head_dim": 48, "v_head_dim": dim}
+        p = t.problem(drive.dtype, mask, k_len=101, sinks=True, **shape)
+        name = f"{mask.__name__} {dim}"
         states = halves(p)
         for how, both in {"in order": states, "swapped": states[::-1]}.items():
             yield case(f"combine, {name}, {how}", p, partial(combined, p, both), OUT)

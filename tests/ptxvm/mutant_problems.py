@@ -78,6 +78,17 @@ def rising(p: Problem) -> Problem:
     )
 
 
+def spikes(p: Problem) -> Problem:
+    """One key of each 64 has all the weight of a row, another for each row and higher each time."""
+    dim, k_len = p.q.shape[3], p.k.shape[2]
+    directions = torch.cat([torch.randperm(min(dim, 64)) for _ in range(k_len // 64)])
+    q, k = torch.zeros_like(p.q), torch.zeros_like(p.k)
+    q[:, :, range(q.shape[2]), torch.arange(q.shape[2]) % min(dim, 64)] = 16.0
+    size = 16.0 * (1 + torch.arange(len(directions)) // 64)
+    k[:, :, range(len(directions)), directions] = size.to(k.dtype)
+    return replace(p, q=q, k=k)
+
+
 @dataclass
 class Drive:
     """What calls have in common so that they end up in one kernel."""
@@ -112,7 +123,8 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     yield "intervals", (of(partial(masks.scattered, n=11), 2, 2, 35, 203), ())
     cuts = (7, 16, 24, 33, 40, 48, 49, 80)
     yield "nine blocks", (of(masks.causal, 1, 1, 90, 90, sinks=True), cuts)
-    yield "rising", (rising(of(masks.window, 2, 2, 97, 97, scale=1.0)), ())
+    yield "rising", (rising(of(masks.full, 1, 1, 130, 150, scale=1.0)), ())
+    yield "spikes", (spikes(of(masks.full, 1, 1, 70, 256, scale=1.0, dlse=False)), ())
     yield "causal", (of(masks.causal, 2, 2, 200, 200, storage="bshd"), ())
-    yield "grouped", (of(masks.padded, 3, 1, 130, 192), ())
+    yield "grouped", (of(masks.padded, 3, 1, 130, 192, batch=2), ())
     yield "few rows", (of(masks.bottom_right, 1, 1, 3, 1100, sinks=True), (500,))
