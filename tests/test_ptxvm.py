@@ -4,10 +4,12 @@
 tests/ptxvm/unit holds the cases. They are compiled by nvcc once, into build/ptxvm/unit.
 """
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forms
 import pytest
 from compiler import BUILD, CXX, HERE, NVCC, compile_object, machine
 
@@ -29,12 +31,14 @@ def unit() -> Path:
     return program
 
 
-def run(program: Path, *arguments: str) -> dict[str, str]:
-    result = subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=250
-    )
+def lines_of(program: Path, *arguments: str) -> list[str]:
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=250)
     assert result.returncode in (0, 1), result.stderr
-    lines = (line.split("\t") for line in result.stdout.splitlines())
+    return result.stdout.splitlines()
+
+
+def run(program: Path, *arguments: str) -> dict[str, str]:
+    lines = (line.split("\t") for line in lines_of(program, *arguments))
     return {name: text for name, text in lines}
 
 
@@ -53,3 +57,31 @@ def test_bugs_are_reported(unit: Path) -> None:
     results = run(unit, *SEEDS)
     assert not {name: results[name] for name in bugs if results[name] != "ok"}
     assert len(bugs) > 25
+
+
+def test_the_readme_says_what_is_reported(unit: Path) -> None:
+    """The table of bugs, row by row: `name | report`. Addresses and counts may differ."""
+    text = (HERE / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, flags=re.MULTILINE))
+    reports = run(unit, "--reports")
+    assert table.keys() == reports.keys()
+    for name, report in reports.items():
+        what, _, place = report.partition("   kernel ")
+        assert digits_aside(table[name]) == digits_aside(what.split("; written at")[0].strip()), (
+            name
+        )
+        if place:
+            assert re.search(r"at \S*:\d+.*   block \(.*\), warp \d+", place), report
+
+
+def digits_aside(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|\d+", "N", text)
+
+
+def test_no_form_without_a_calibrator(unit: Path) -> None:
+    """Each instruction form of our kernels was executed by a calibrator or by a unit kernel."""
+    ours = forms.of_our_kernels()
+    if not ours:
+        pytest.skip("build/ptxvm has no kernels: make vm")
+    covered = forms.calibrated() | set(lines_of(unit, "--forms"))
+    assert len(ours) > 100 and not ours - covered
