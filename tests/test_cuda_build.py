@@ -2,7 +2,8 @@
 """What the compiler made of the CUDA kernels, for every GPU: after `make cuda`, which needs nvcc.
 
 tests/cuda_budget.json says what each kernel may use per GPU: registers, bytes of spills and of
-static shared memory. More than that fails here, and so does less: the budget follows.
+static shared memory, and how many blocks then fit on a multiprocessor. More than that fails here,
+and so does less: the budget follows. What kernels execute is in test_ptx_counts.py.
 
     python tests/test_cuda_build.py     # writes the budget as it is now
 """
@@ -17,10 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from test_ptx_counts import BUDGET as COUNTED
+from test_ptx_counts import plain
+
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-GPUS = ("sm_80", "sm_90", "sm_100", "sm_120")
+# KiB of shared memory and threads of a multiprocessor.
+GPUS = {"sm_80": (164, 2048), "sm_90": (228, 2048), "sm_100": (228, 2048), "sm_120": (100, 1536)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,14 @@ class Use:
     registers: int
     spilled: int  # bytes stored and loaded
     shared: int  # bytes; dynamic shared memory is chosen at the launch
+
+    def blocks(self, gpu: str, threads: int, shared_bytes: int) -> int:
+        """How many blocks fit on a multiprocessor; 0: it is for larger ones."""
+        kib, most_threads = GPUS[gpu]
+        # Registers go to warps by 256, and each block takes a KiB of shared memory by itself.
+        of_warp = 32 * (-(-self.registers // 8) * 8)
+        by_registers = (65536 // of_warp) // -(-threads // 32)
+        return min(by_registers, kib * 1024 // (shared_bytes + 1024), most_threads // threads)
 
 
 Report = dict[str, dict[str, Use]]  # by kernel and GPU
@@ -72,8 +85,19 @@ def in_library(found: Report) -> Report:
 
 
 def lines(found: Report) -> dict[str, dict[str, dict[str, int]]]:
+    """The budget; blocks of the kernels that the virtual GPU has run."""
+    taken = json.loads(COUNTED.read_text())  # with what a block takes
+
+    def line(kernel: str, gpu: str, use: Use) -> dict[str, int]:
+        # Tiles are the same for both 16-bit types and with a softcap: the counts have one of each.
+        counted = kernel.replace("7Float16", "8BFloat16")
+        block = taken.get(counted, taken.get(counted.replace("ELb1EEEvNS0_11F", "ELb0EEEvNS0_11F")))
+        if block is None:
+            return asdict(use)
+        return asdict(use) | {"blocks": use.blocks(gpu, block["threads"], block["shared_bytes"])}
+
     return {
-        kernel: {gpu: asdict(use) for gpu, use in sorted(uses.items())}
+        plain(kernel): {gpu: line(plain(kernel), gpu, use) for gpu, use in sorted(uses.items())}
         for kernel, uses in sorted(found.items())
     }
 
@@ -118,6 +142,22 @@ def test_each_object_holds_only_its_kernels(built: Report) -> None:
             holders[kernel].append(item.name)
     assert holders.keys() == built.keys()
     assert all(len(names) == 1 for names in holders.values()), dict(holders)
+
+
+@pytest.mark.parametrize(
+    ("registers", "gpu", "threads", "kib", "blocks"),
+    [
+        (255, "sm_80", 128, 73, 2),  # by shared memory, and by registers
+        (168, "sm_80", 64, 33, 4),
+        (168, "sm_90", 64, 33, 6),
+        (255, "sm_120", 256, 100, 0),
+        (32, "sm_120", 1024, 0, 1),
+    ],
+)
+def test_blocks_on_a_multiprocessor(
+    registers: int, gpu: str, threads: int, kib: int, blocks: int
+) -> None:
+    assert Use(registers, 0, 0).blocks(gpu, threads, kib * 1024) == blocks
 
 
 def test_the_report_is_read() -> None:

@@ -19,6 +19,8 @@ std::string demangled(const std::string& name) {
 
 void Launch::run() {
   ++statistics.launches;
+  statistics.threads = static_cast<uint64_t>(threads_per_block);
+  statistics.shared_bytes = shared_bytes();
   races.start_launch();
   std::vector<uint32_t> order(grid.count());
   std::iota(order.begin(), order.end(), 0u);

@@ -37,6 +37,8 @@ struct Statistics {
   uint64_t mma = 0, ldmatrix = 0, copies = 0, barriers = 0;
   // Passes that shared memory needs for ld, st and ldmatrix: without conflicts, and on top.
   uint64_t shared_passes = 0, bank_conflicts = 0;
+  // Of a block, in the last launch.
+  uint64_t threads = 0, shared_bytes = 0;
 };
 
 // Settings of this process, for launches from now on.

@@ -51,7 +51,7 @@ constexpr ForwardShape forward_shape(TileFor use) {
   if (kQkDim <= 32) return {.warps = 4, .warp_rows = 32, .keys = 64, .stages = 4, .blocks = 2};
   if (kQkDim <= 64) return {.warps = 4, .warp_rows = 32, .keys = 64, .stages = 4, .blocks = 2};
   if (kQkDim <= 96) {
-    if (large_smem) return {.warps = 4, .warp_rows = 32, .keys = 64, .stages = 4, .blocks = 2};
+    if (large_smem) return {.warps = 4, .warp_rows = 32, .keys = 48, .stages = 4, .blocks = 2};
     return {.warps = 4, .warp_rows = 32, .keys = 32, .stages = 4, .blocks = 2};
   }
   if (kQkDim <= 128) {

@@ -36,12 +36,12 @@ long setting(const char* name, long otherwise) {
   return value == nullptr ? otherwise : std::strtol(value, nullptr, 10);
 }
 
-// A line per kernel: its name, blocks, instructions, mma, shared memory's passes and conflicts.
+// A line per kernel: its name, what a block takes, and what it executed.
 void write_statistics() {
   std::ofstream file(std::getenv("RING_ATTENTION_PTXVM_STATISTICS"));
   for (const auto& [kernel, x] : ptxvm::statistics()) {
-    file << kernel << ' ' << x.blocks << ' ' << x.instructions << ' ' << x.mma << ' '
-         << x.shared_passes << ' ' << x.bank_conflicts << '\n';
+    file << kernel << ' ' << x.threads << ' ' << x.shared_bytes << ' ' << x.instructions << ' '
+         << x.mma << ' ' << x.shared_passes << ' ' << x.bank_conflicts << '\n';
   }
 }
 
