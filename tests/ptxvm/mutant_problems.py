@@ -123,7 +123,7 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     yield "intervals", (of(partial(masks.scattered, n=11), 2, 2, 35, 203), ())
     cuts = (7, 16, 24, 33, 40, 48, 49, 80)
     yield "nine blocks", (of(masks.causal, 1, 1, 90, 90, sinks=True), cuts)
-    yield "rising", (rising(of(masks.full, 1, 1, 130, 150, scale=1.0)), ())
+    yield "rising", (rising(of(masks.full, 1, 1, 130, 150, scale=0.4)), ())
     yield "spikes", (spikes(of(masks.full, 1, 1, 70, 256, scale=1.0, dlse=False)), ())
     yield "causal", (of(masks.causal, 2, 2, 200, 200, storage="bshd"), ())
     yield "grouped", (of(masks.padded, 3, 1, 130, 192, batch=2), ())
