@@ -48,7 +48,7 @@ CUDA_BUILD = build/cuda
 VM = build/ptxvm
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
-    tests/test_ptx_counts.py -m "isa or vm"
+    tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
 
 .PHONY: demo test check sanitize cuda vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
