@@ -9,6 +9,8 @@
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
 #   make vm-full the same for every parameter and five seeds; hours
+#   make mutants how many single changes of the CUDA kernels those tests notice; an hour
+#   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #
 # Each one does its own set-up (virtual environment, PyTorch, build) and is quick the second time.
 # Settings: PYTHON=python3.12, TORCH="torch==2.11.0", VENV=.venv, CUDA=1 (demo, test and bench build
@@ -46,9 +48,9 @@ CUDA_BUILD = build/cuda
 VM = build/ptxvm
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
-    tests/test_ptx_counts.py -m "isa or vm"
+    tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
 
-.PHONY: demo test check sanitize cuda vm vm-full vm-build bench clean prerequisites
+.PHONY: demo test check sanitize cuda vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -74,7 +76,7 @@ sanitize: $(VENV)/built
 	    $(SANITIZERS_ON) RING_ATTENTION_CPU=$$isa $(SANITIZED_TESTS) -m isa $(ARGS) || exit 1; done
 
 ifeq ($(NVCC),)
-cuda vm vm-full:
+cuda vm vm-full mutants calibrate:
 	@echo "make $@: skipped, there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
 else
 # The log is added to, since only what has changed is compiled: the last word on a kernel counts.
@@ -86,6 +88,7 @@ cuda: $(VENV)/built
 
 vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
+	$(BIN)/python -m pytest tests/test_ptxvm.py -k form
 
 vm-full: vm-build
 	for seed in 1 2 3 4 5; do for smem in 163 99; do \
@@ -93,6 +96,12 @@ vm-full: vm-build
 	    $(VM_TESTS) --every-parameter $(ARGS) || exit 1; done; done
 	$(ON_VM) RING_ATTENTION_CUDA_BACKWARD=atomic $(VM_TESTS) --every-parameter \
 	    -k "error_is_at_most or heads or head_dim or any_problem" $(ARGS)
+
+mutants: vm-build
+	$(ON_VM) $(BIN)/python tests/ptxvm/mutants.py $(ARGS)
+
+calibrate: $(VENV)/tools
+	$(BIN)/python tests/ptxvm/calibrate.py
 
 vm-build: $(VENV)/built
 	RING_ATTENTION_PTXVM=1 $(BIN)/python setup.py --quiet build --build-base $(VM) --build-lib $(VM)/lib

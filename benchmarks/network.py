@@ -351,6 +351,7 @@ class Measured:
     @classmethod
     def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
         seen: dict[Any, list[float]] = defaultdict(list)
+        exposed: list[list[float]] = []  # of every hop
         hops: list[list[Hop]] = []
         for ranks in turns:
             sending = ranks[0]["sending"]
@@ -362,13 +363,14 @@ class Measured:
                 # A hop begins when both of its ends have posted.
                 begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
                 seen["waiting"].append(most["wait"] / seconds)
-                exposed = [
-                    (end_s - start_s) / max(hop["hiding_s"], 1e-9)
-                    for start_s, end_s, hop in zip(
-                        begun, most["arrived_s"], most["hops"], strict=False
-                    )
-                ]
-                seen["exposed"].append(max(exposed, default=0.0))
+                exposed.append(
+                    [
+                        (end_s - start_s) / max(hop["hiding_s"], 1e-9)
+                        for start_s, end_s, hop in zip(
+                            begun, most["arrived_s"], most["hops"], strict=False
+                        )
+                    ]
+                )
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
                 seen["folding"].append(mean(r["compute"] for r in ranks))
@@ -388,7 +390,8 @@ class Measured:
             alone_s=middle["seconds", False],
             seconds=middle.get(("seconds", True), math.nan),
             waiting=middle.get("waiting", math.nan),
-            exposed=middle.get("exposed", math.nan),
+            # The medians' maximum: that of every round would be of whichever hop was held up.
+            exposed=max(map(median, zip(*exposed, strict=False)), default=math.nan),
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
             sent_bytes=int(middle.get("bytes", 0)),
             hops=[

@@ -91,8 +91,8 @@ class Tiles:
     def to_fold_backward(self, rank: int, keys: Iterable[int]) -> list[tuple[int, int]]:
         """The same, quarter by quarter: then sums of both kinds of tiles are whole soon.
 
-        What waits is at most one dQ and two dK/dV per row, however many tiles there are; row by row
-        of tiles it would be log2(count) dK/dV.
+        Of a square of tiles no more than one dQ and two dK/dV per row wait, however many tiles
+        there are; row by row of tiles it would be log2(count) dK/dV.
         """
         levels = range(self.count.bit_length())
 

@@ -61,6 +61,51 @@ def scattered_pairs(batch: int, q_len: int, k_len: int) -> Interval:
     return scattered(batch, q_len, k_len, n=2)
 
 
+# Masks for what a kernel finds out about many rows at once: see test_ops_rows.py.
+
+
+def one_row_differs(batch: int, q_len: int, k_len: int) -> Interval:
+    """One row of each sample sees other keys than the others: another bit of its number each."""
+    begin, end = torch.zeros(batch, q_len), torch.full((batch, q_len), k_len)
+    for sample in range(batch):
+        row = min(2 ** (sample // 2) + sample % 2, q_len - 1)
+        begin[sample, row], end[sample, row] = (9, 30) if sample % 2 else (k_len - 40, k_len - 11)
+    return stacked((begin, end))
+
+
+def one_row_sees(batch: int, q_len: int, k_len: int) -> Interval:
+    """The same row is the only one to see any keys."""
+    begin, end = one_row_differs(batch, q_len, k_len)
+    return begin, torch.where((begin == 0) & (end == k_len), 0, end)
+
+
+def turns(batch: int, q_len: int, k_len: int) -> Interval:
+    """Some rows see all keys by their first interval, the others a few by their second."""
+    rows = torch.arange(q_len)[None]
+    first = rows < q_len // 2
+    return stacked(
+        (0 * rows, torch.where(first, k_len, 0)), (rows // 2, torch.where(first, 0, rows - 5))
+    )
+
+
+def moving_gap(batch: int, q_len: int, k_len: int) -> Interval:
+    """Two stretches; before, between and after them are keys that no row sees."""
+    rows = torch.arange(q_len)[None]
+    return stacked((3 + rows // 2, 20 + rows // 2), (70 + rows, 90 + rows))
+
+
+def rising_gap(batch: int, q_len: int, k_len: int) -> Interval:
+    """A short stretch, which jumps from one row to the next."""
+    late = torch.arange(q_len)[None] >= q_len // 3
+    return stacked((torch.where(late, 67, 0), torch.where(late, 70, 3)))
+
+
+def falling_gap(batch: int, q_len: int, k_len: int) -> Interval:
+    begin, end = rising_gap(batch, q_len, k_len)
+    return begin.flip(-1), end.flip(-1)
+
+
+GAPS = [moving_gap, rising_gap, falling_gap]
 MASKS: list[Callable[[int, int, int], Interval]] = [
     full,
     causal,

@@ -83,6 +83,16 @@ def test_many_chunks(mask: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.isa
+@each_low
+def test_few_queries_of_wide_values(dtype: torch.dtype) -> None:
+    """All columns of the parts' states, in one fold and carried from one to the next."""
+    p = problem(dtype, bottom_right, q_len=3, k_len=600, head_dim=16, v_head_dim=232, sinks=True)
+    kv = blocks(p, (280,))
+    for groups in ([kv], [kv, []]):
+        assert_matches_reference(p, folded(p, groups))
+
+
+@pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("q_len", [1, 3, 70])
 def test_few_queries_against_many_keys(q_len: int, dtype: torch.dtype) -> None:

@@ -10,7 +10,18 @@ import torch
 
 from bounds import assert_matches_reference
 from conftest import ON_VIRTUAL_GPU
-from intervals import causal, each_mask, full, padded, scattered, scattered_pairs, stacked
+from intervals import (
+    GAPS,
+    causal,
+    each_mask,
+    full,
+    one_row_differs,
+    one_row_sees,
+    padded,
+    scattered,
+    scattered_pairs,
+    turns,
+)
 from problems import each_dtype, each_low, long, ours, problem
 
 
@@ -29,14 +40,11 @@ def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_keys_no_row_sees_do_not_count(garbage: float, dtype: torch.dtype) -> None:
-    q_len, k_len = 41, 137
-    rows = torch.arange(q_len)[None]
-    # Two stretches with a gap, unseen keys on both sides.
-    begin, end = stacked((3 + rows // 2, 20 + rows // 2), (70 + rows, 90 + rows))
-    p = problem(dtype, lambda *_: (begin, end), q_len=q_len, k_len=k_len)
+@pytest.mark.parametrize("mask", GAPS, ids=lambda m: m.__name__)
+def test_keys_no_row_sees_do_not_count(mask: Any, garbage: float, dtype: torch.dtype) -> None:
+    p = problem(dtype, mask, q_len=41, k_len=137)
     unseen = ~p.visible.any(dim=1)[0]
-    assert unseen.sum() > 30 and unseen[0] and unseen[60] and unseen[-1]
+    assert unseen.sum() > 30 and unseen[60] and unseen[-1]
     clean, dirty = {}, {}
     for name in ("k", "v"):
         x = getattr(p, name)
@@ -46,6 +54,17 @@ def test_keys_no_row_sees_do_not_count(garbage: float, dtype: torch.dtype) -> No
     for a, b in zip(ours(replace(p, **dirty)), expected, strict=True):
         assert torch.equal(a, b)
     assert (expected[3][:, :, unseen] == 0).all() and (expected[4][:, :, unseen] == 0).all()
+
+
+@pytest.mark.isa
+@each_low
+@pytest.mark.parametrize("mask", [one_row_differs, one_row_sees, turns], ids=lambda m: m.__name__)
+def test_what_is_found_out_about_many_rows(mask: Any, dtype: torch.dtype) -> None:
+    """Which keys some rows see, and which all: reductions over rows, whose every step counts."""
+    shape = {"heads": 1, "kv_heads": 1, "q_len": 40, "k_len": 128}
+    if mask is turns:
+        shape |= {"q_len": 130, "k_len": 150}
+    assert_matches_reference(problem(dtype, mask, batch=2 if mask is turns else 12, **shape))
 
 
 @pytest.mark.isa

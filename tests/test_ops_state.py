@@ -169,6 +169,14 @@ def test_sink_gradient_is_the_operators() -> None:
     assert torch.equal(ops.sink_gradient(p.sinks, lse, ops.delta(out, p.dout, p.dlse)), ours(p)[5])
 
 
+@pytest.mark.isa
+def test_sink_gradient_of_many_rows() -> None:
+    """More rows than a block of threads has."""
+    assert_matches_reference(
+        problem(torch.float32, causal, heads=2, q_len=203, k_len=9, head_dim=16, sinks=True)
+    )
+
+
 # --- invariants -------------------------------------------------------------------------------
 
 

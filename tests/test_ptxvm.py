@@ -4,75 +4,41 @@
 tests/ptxvm/unit holds the cases. They are compiled by nvcc once, into build/ptxvm/unit.
 """
 
-import os
-import shutil
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forms
 import pytest
+from compiler import BUILD, CXX, HERE, NVCC, compile_object, machine
 
-HERE = Path(__file__).parent / "ptxvm"
-BUILD = HERE.parents[1] / "build" / "ptxvm" / "unit"
-CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-NVCC = shutil.which("nvcc") or shutil.which(str(CUDA_HOME / "bin" / "nvcc"))
 SEEDS = ("1", "2", "3")
 
 pytestmark = pytest.mark.skipif(
     NVCC is None, reason="nvcc is missing (PATH, CUDA_HOME): no PTX to execute"
 )
 
-# -O1: the cases run for a second, compiling takes a minute.
-CXX = [
-    os.environ.get("CXX", "g++"),
-    "-std=c++20",
-    "-O1",
-    "-ffp-contract=off",
-    "-fvisibility=hidden",
-]
-PTX = ["-std=c++20", "-lineinfo", "-gencode", "arch=compute_80,code=compute_80"]
-PTX += ["--compress-mode=none"]
-
-
-def compile_object(source: Path) -> Path:
-    """Compiles a source unless its object is newer than every source of the virtual GPU."""
-    target = BUILD / f"{source.parent.name}-{source.name}.o"
-    newest = max(path.stat().st_mtime for path in [source, *HERE.rglob("*.h")])
-    if target.exists() and target.stat().st_mtime > newest:
-        return target
-    if source.suffix == ".cu":
-        command = [NVCC, *PTX]
-    else:
-        command = [*CXX, "-isystem", str(Path(NVCC).resolve().parents[1] / "include")]
-    result = subprocess.run(
-        [*command, "-c", str(source), "-o", str(target)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        pytest.fail(result.stdout + result.stderr, pytrace=False)
-    return target
-
 
 @pytest.fixture(scope="session")
 def unit() -> Path:
     """The program with all cases."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    sources = [*HERE.glob("*.cpp"), *HERE.glob("instructions/*.cpp"), *HERE.glob("unit/*.c*")]
+    sources = [*machine(), *sorted(HERE.glob("unit/*.c*"))]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_object, sorted(sources)))
+        objects = list(pool.map(compile_object, sources))
     program = BUILD / "unit"
     subprocess.run([CXX[0], *map(str, objects), "-o", str(program)], check=True)
     return program
 
 
-def run(program: Path, *arguments: str) -> dict[str, str]:
-    result = subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, check=False, timeout=250
-    )
+def lines_of(program: Path, *arguments: str) -> list[str]:
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=250)
     assert result.returncode in (0, 1), result.stderr
-    lines = (line.split("\t") for line in result.stdout.splitlines())
+    return result.stdout.splitlines()
+
+
+def run(program: Path, *arguments: str) -> dict[str, str]:
+    lines = (line.split("\t") for line in lines_of(program, *arguments))
     return {name: text for name, text in lines}
 
 
@@ -91,3 +57,31 @@ def test_bugs_are_reported(unit: Path) -> None:
     results = run(unit, *SEEDS)
     assert not {name: results[name] for name in bugs if results[name] != "ok"}
     assert len(bugs) > 25
+
+
+def test_the_readme_says_what_is_reported(unit: Path) -> None:
+    """The table of bugs, row by row: `name | report`. Addresses and counts may differ."""
+    text = (HERE / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, flags=re.MULTILINE))
+    reports = run(unit, "--reports")
+    assert table.keys() == reports.keys()
+    for name, report in reports.items():
+        what, _, place = report.partition("   kernel ")
+        assert digits_aside(table[name]) == digits_aside(what.split("; written at")[0].strip()), (
+            name
+        )
+        if place:
+            assert re.search(r"at \S*:\d+.*   block \(.*\), warp \d+", place), report
+
+
+def digits_aside(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|\d+", "N", text)
+
+
+def test_no_form_without_a_calibrator(unit: Path) -> None:
+    """Each instruction form of our kernels was executed by a calibrator or by a unit kernel."""
+    ours = forms.of_our_kernels()
+    if not ours:
+        pytest.skip("build/ptxvm has no kernels: make vm")
+    covered = forms.calibrated() | set(lines_of(unit, "--forms"))
+    assert len(ours) > 100 and not ours - covered

@@ -125,23 +125,12 @@ void Block::vote(uint32_t id, uint32_t for_it, uint32_t threads) {
 
 void Block::fail(const Warp* warp, const Fault& fault) const {
   const Program& program = launch.program;
-  const auto place = [&](size_t instruction) {
-    const SourceLine& line = program.lines[instruction];
-    const auto name = [&](uint32_t file, uint32_t number) {
-      return (file < program.files.size() ? program.files[file] : "?") + ":" +
-             std::to_string(number);
-    };
-    if (line.line == 0) return std::string("line unknown, compile with -lineinfo");
-    std::string text = name(line.file, line.line);
-    if (line.inlined_line != 0)
-      text += " (inlined at " + name(line.inlined_file, line.inlined_line) + ")";
-    return text;
-  };
   const size_t pc = std::min<size_t>(warp->pc(), program.code.size() - 1);
   std::string text = fault.what();
-  if (fault.writer >= 0) text += "; written at " + place(static_cast<size_t>(fault.writer));
-  text += "\n  kernel " + demangled(program.name) + "\n  at " + place(pc) + "\n  block (" +
-          std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+  if (fault.writer >= 0)
+    text += "; written at " + program.place_of(static_cast<size_t>(fault.writer));
+  text += "\n  kernel " + demangled(program.name) + "\n  at " + program.place_of(pc) +
+          "\n  block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
           std::to_string(index.z) + "), warp " + std::to_string(warp->id);
   if (fault.lane >= 0) text += ", lane " + std::to_string(fault.lane);
   throw LaunchError(text + "\n  " + program.text[pc]);

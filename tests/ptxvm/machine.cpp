@@ -43,8 +43,14 @@ const Program& Machine::program(const std::string& kernel) {
   return *program;
 }
 
+const Program& Machine::runs_as(const std::string& kernel) {
+  const auto replaced = replaced_.find(kernel);
+  const bool as_compiled = replaced == replaced_.end() || replaced->second == nullptr;
+  return as_compiled ? program(kernel) : *replaced->second;
+}
+
 void Machine::replace(const std::string& kernel, std::unique_ptr<Program> program) {
-  programs_[kernel] = std::move(program);
+  replaced_[kernel] = std::move(program);
 }
 
 std::vector<uint8_t>* Machine::variable(const std::string& name) {
@@ -56,7 +62,7 @@ std::vector<uint8_t>* Machine::variable(const std::string& name) {
 
 void Machine::launch(const std::string& kernel, Index3 grid, Index3 block,
                      uint32_t dynamic_shared_bytes, void** arguments) {
-  const Program& code = program(kernel);
+  const Program& code = runs_as(kernel);
   std::vector<uint8_t> parameters(code.parameter_bytes);
   for (size_t i = 0; i < code.parameters.size(); ++i)
     std::memcpy(parameters.data() + code.parameters[i].offset, arguments[i],

@@ -23,8 +23,14 @@ class Machine {
   static Machine& instance();
 
   void load(const std::string& ptx);
-  // A parsed kernel. Throws std::out_of_range if no module has it.
+  // A parsed kernel as compiled. Throws std::out_of_range if no module has it.
   const Program& program(const std::string& kernel);
+  // What a kernel runs as instead, for mutants; null: as compiled.
+  void replace(const std::string& kernel, std::unique_ptr<Program> program);
+  const Program& runs_as(const std::string& kernel);
+  const Module& module_of(const std::string& kernel) const;
+  bool was_run(const std::string& kernel) const { return programs_.contains(kernel); }
+  std::vector<std::string> kernels() const;
   // Memory of a .global or .const variable, or null.
   std::vector<uint8_t>* variable(const std::string& name);
 
@@ -39,17 +45,13 @@ class Machine {
   uint64_t seed = 1;
   std::string error;
   std::map<std::string, Statistics> statistics;
-  // Text of a kernel in place of what its module has, for mutants. Null: as compiled.
-  void replace(const std::string& kernel, std::unique_ptr<Program> program);
-  const Module& module_of(const std::string& kernel) const;
-  std::vector<std::string> kernels() const;
 
  private:
   Machine();
 
   std::vector<std::unique_ptr<Module>> modules_;
   std::unordered_map<std::string, const Module*> module_of_;  // by kernel
-  std::unordered_map<std::string, std::unique_ptr<Program>> programs_;
+  std::unordered_map<std::string, std::unique_ptr<Program>> programs_, replaced_;
   GlobalRaces races_;
 };
 

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "mutation.h"
 
+#include <algorithm>
+#include <array>
 #include <cctype>
 #include <random>
+#include <set>
 #include <stdexcept>
+#include <vector>
 
 #include "machine.h"
 #include "parser.h"
@@ -14,157 +18,231 @@ namespace {
 
 using Random = std::mt19937_64;
 
-std::vector<std::string> lines_of(const std::string& text) {
-  std::vector<std::string> lines(1);
-  for (char c : text) {
-    if (c == '\n')
-      lines.emplace_back();
-    else
-      lines.back() += c;
-  }
-  return lines;
-}
-
-bool is_instruction(const std::string& line) {
-  const std::string_view text = trim(line);
-  if (text.empty() || text.find(';') == text.npos || text.starts_with("ret")) return false;
-  return text[0] == '@' || std::islower(static_cast<unsigned char>(text[0])) != 0;
-}
-
 struct Piece {
   size_t begin, length;
 };
 
-// Numbers that are operands or displacements: between , [ + space and , ] ;
-std::vector<Piece> numbers_of(const std::string& line) {
+bool is_one_of(char c, std::string_view set) { return set.find(c) != set.npos; }
+bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; }
+
+std::string with(const std::string& text, Piece piece, const std::string& instead) {
+  return text.substr(0, piece.begin) + instead + text.substr(piece.begin + piece.length);
+}
+
+// "ld.global.b32", behind the guard.
+Piece opcode_of(const std::string& text) {
+  size_t begin = 0;
+  if (text.starts_with('@')) begin = text.find_first_not_of(" \t", text.find_first_of(" \t"));
+  return {begin, std::min(text.find_first_of(" \t\n{[", begin), text.size()) - begin};
+}
+
+// Numbers that are operands or displacements, whole ones.
+std::vector<Piece> numbers_of(const std::string& text) {
   std::vector<Piece> pieces;
-  for (size_t i = line.find_first_of(" \t", line.find_first_not_of(" \t")); i < line.size(); ++i) {
-    if (std::isdigit(static_cast<unsigned char>(line[i])) == 0) continue;
-    const bool begins =
-        i > 0 && std::string_view(" \t,[+-").find(line[i - 1]) != std::string_view::npos;
-    size_t end = i;
-    while (end < line.size() && std::isdigit(static_cast<unsigned char>(line[end]))) ++end;
-    if (begins && end < line.size() &&
-        std::string_view(",]; ").find(line[end]) != std::string_view::npos)
-      pieces.push_back({i, end - i});
-    while (end < line.size() && std::isalnum(static_cast<unsigned char>(line[end]))) ++end;
-    i = end;
+  const Piece opcode = opcode_of(text);
+  for (size_t i = opcode.begin + opcode.length; i < text.size(); ++i) {
+    if (!is_word(text[i])) continue;
+    const size_t begin = i;
+    bool digits = is_one_of(text[begin - 1], " \t,[{+-");
+    for (; i < text.size() && is_word(text[i]); ++i) digits &= std::isdigit(text[i]) != 0;
+    if (digits && (i == text.size() || is_one_of(text[i], ",]} \t\n")))
+      pieces.push_back({begin, i - begin});
   }
   return pieces;
 }
 
-std::vector<Piece> registers_of(const std::string& line) {
+// Registers behind the first, which is written to.
+std::vector<Piece> sources_of(const std::string& text) {
   std::vector<Piece> pieces;
-  for (size_t i = line.find('%'); i != line.npos; i = line.find('%', i + 1)) {
+  const Piece opcode = opcode_of(text);
+  for (size_t i = text.find('%', opcode.begin); i != text.npos; i = text.find('%', i + 1)) {
     size_t end = i + 1;
-    while (end < line.size() && std::isalnum(static_cast<unsigned char>(line[end]))) ++end;
+    while (end < text.size() && is_word(text[end])) ++end;
     pieces.push_back({i, end - i});
   }
+  if (!pieces.empty()) pieces.erase(pieces.begin());
   return pieces;
 }
 
-// "%rd" of "%rd12": registers of one kind may be swapped.
-std::string kind_of(const std::string& line, Piece piece) {
-  const std::string name = line.substr(piece.begin, piece.length);
-  return name.substr(0, name.find_first_of("0123456789"));
-}
-
-bool commutes(const std::string& line) {
-  for (const char* name : {"add.", "mul.", "max.", "min.", "or.", "and.", "xor.", "fma.", "mad."}) {
-    const size_t at = line.find(name);
-    if (at != line.npos && (at == 0 || std::isspace(static_cast<unsigned char>(line[at - 1]))))
-      return true;
-  }
+// The first two operands of what commutes are no mutant when swapped.
+bool commutes(const std::string& text) {
+  const std::string_view opcode = std::string_view(text).substr(opcode_of(text).begin);
+  for (const char* name : {"add.", "mul.", "max.", "min.", "or.", "and.", "xor.", "fma.", "mad."})
+    if (opcode.starts_with(name)) return true;
   return false;
 }
 
-// "" if this kind of change does not fit the line.
-std::string changed(const std::string& line, Random& random) {
-  switch (random() % 3) {
-    case 0:
-      return " ";
-    case 1: {
-      const std::vector<Piece> numbers = numbers_of(line);
-      if (numbers.empty()) return "";
-      const Piece piece = numbers[random() % numbers.size()];
-      const long long value = std::stoll(line.substr(piece.begin, piece.length));
-      const long long step = random() % 2 != 0 ? 1 : 16;
-      return line.substr(0, piece.begin) + std::to_string(value + step) +
-             line.substr(piece.begin + piece.length);
-    }
-    default: {
-      // Products and sums commute; their first two operands are no mutants when swapped.
-      const std::vector<Piece> registers = registers_of(line);
-      if (registers.size() < 3 || commutes(line)) return "";
-      size_t a = 1 + random() % (registers.size() - 1), b = 1 + random() % (registers.size() - 1);
-      if (a > b) std::swap(a, b);
-      const Piece x = registers[a], y = registers[b];
-      const std::string first = line.substr(x.begin, x.length),
-                        second = line.substr(y.begin, y.length);
-      if (first == second || kind_of(line, x) != kind_of(line, y)) return "";
-      return line.substr(0, x.begin) + second +
-             line.substr(x.begin + x.length, y.begin - x.begin - x.length) + first +
-             line.substr(y.begin + y.length);
+// Changes of one kind: what the text may become.
+using Texts = std::vector<std::string>;
+
+Texts grown_numbers(const std::string& text) {
+  Texts result;
+  for (const Piece piece : numbers_of(text)) {
+    const std::string digits = text.substr(piece.begin, piece.length);
+    if (digits.size() > 18) continue;
+    for (const long long step : {1, 16})
+      result.push_back(with(text, piece, std::to_string(std::stoll(digits) + step)));
+  }
+  return result;
+}
+
+Texts swapped_sources(const std::string& text) {
+  Texts result;
+  const std::vector<Piece> sources = sources_of(text);
+  if (commutes(text)) return result;
+  const auto name = [&](Piece piece) { return text.substr(piece.begin, piece.length); };
+  // "%rd" of "%rd12"
+  const auto kind = [&](Piece piece) {
+    return name(piece).substr(0, name(piece).find_first_of("0123456789"));
+  };
+  for (size_t i = 0; i < sources.size(); ++i) {
+    for (size_t j = i + 1; j < sources.size(); ++j) {
+      if (kind(sources[i]) != kind(sources[j]) || name(sources[i]) == name(sources[j])) continue;
+      result.push_back(
+          with(with(text, sources[j], name(sources[i])), sources[i], name(sources[j])));
     }
   }
+  return result;
 }
 
-}  // namespace
-
-std::vector<std::string> kernels() {
-  Machine& machine = Machine::instance();
-  const std::lock_guard lock(machine.mutex);
-  load_registered_modules(machine);
-  return machine.kernels();
+Texts negated_guard(const std::string& text) {
+  if (!text.starts_with('@')) return {};
+  return {text[1] == '!' ? with(text, {1, 1}, "") : with(text, {1, 0}, "!")};
 }
 
-std::string mutate(const std::string& kernel, uint64_t seed) {
-  Machine& machine = Machine::instance();
-  const std::lock_guard lock(machine.mutex);
-  load_registered_modules(machine);
-  const KernelText& original = machine.module_of(kernel).kernels.at(kernel);
-  std::vector<std::string> lines = lines_of(original.body);
+Texts related_operations(const std::string& text) {
+  using Pair = std::array<const char*, 2>;
+  static constexpr Pair kOperations[] = {
+      {"add.", "sub."}, {"min.", "max."}, {"and.", "or."}, {"shl.b", "shr.b"}, {"shl.b", "shr.u"}};
+  static constexpr Pair kComparisons[] = {{".lt.", ".le."}, {".gt.", ".ge."},   {".eq.", ".ne."},
+                                          {".lt.", ".gt."}, {".ltu.", ".leu."}, {".gtu.", ".geu."}};
+  Texts result;
+  const Piece opcode = opcode_of(text);
+  const std::string name = text.substr(opcode.begin, opcode.length);
+  const auto exchange = [&](const Pair& pair, bool anywhere) {
+    for (size_t i = 0; i < 2; ++i) {
+      const std::string from = pair[i], to = pair[1 - i];
+      const size_t at = name.find(from);
+      if (at == name.npos || (at != 0 && !anywhere)) continue;
+      std::string other = name.substr(0, at) + to + name.substr(at + from.size());
+      if (other.starts_with("shl.u")) other[4] = 'b';
+      result.push_back(with(text, opcode, other));
+    }
+  };
+  for (const Pair& pair : kOperations) exchange(pair, false);
+  if (name.starts_with("setp.") || name.starts_with("set."))
+    for (const Pair& pair : kComparisons) exchange(pair, true);
+  return result;
+}
+
+// "" is a deletion.
+std::string changed(const std::string& text, Random& random) {
+  std::vector<Texts> kinds = {{""}};
+  for (const auto kind : {grown_numbers, swapped_sources, negated_guard, related_operations})
+    if (Texts texts = kind(text); !texts.empty()) kinds.push_back(std::move(texts));
+  const Texts& texts = kinds[random() % kinds.size()];
+  return texts[random() % texts.size()];
+}
+
+std::string mutate(Machine& machine, const std::string& kernel, size_t instruction, uint64_t seed) {
+  const Module& module = machine.module_of(kernel);
+  KernelText text = module.kernels.at(kernel);
+  const TextRange at = machine.program(kernel).statements.at(instruction);
   Random random(seed);
-  for (int attempt = 0; attempt < 100000; ++attempt) {
-    std::string& line = lines[random() % lines.size()];
-    if (!is_instruction(line)) continue;
-    const std::string mutant = changed(line, random);
-    if (mutant.empty()) continue;
-    const std::string description = std::string(trim(line)) + "  ->  " +
-                                    (mutant == " " ? "nothing" : std::string(trim(mutant)));
-    line = mutant;
-    KernelText text = original;
-    text.body.clear();
-    for (const std::string& part : lines) text.body += part + '\n';
-    machine.replace(kernel, parse_kernel(machine.module_of(kernel), kernel, text));
-    return description;
-  }
-  throw std::runtime_error("ptxvm: " + kernel + " has no instruction to change");
+  const Piece piece{at.begin, at.end - at.begin};
+  const std::string now(trim(std::string_view(text.body).substr(at.begin, piece.length)));
+  // Running off the end is a return anyway.
+  if (now.empty() || now == "ret") return "";
+  const std::string mutant = changed(now, random);
+  text.body = with(text.body, piece, mutant);
+  std::unique_ptr<Program> program = parse_kernel(module, kernel, text);
+  machine.replace(kernel, std::move(program));
+  return mutant.empty() ? "nothing" : mutant;
 }
 
-void restore(const std::string& kernel) {
+// Calls use(machine) with the machine held and all kernels known; the text it returns is kept.
+template <typename Use>
+const char* answer(const Use& use) {
+  static std::string text;
   Machine& machine = Machine::instance();
   const std::lock_guard lock(machine.mutex);
-  machine.replace(kernel, nullptr);
-}
-
-}  // namespace ptxvm
-
-const char* ptxvm_kernels() {
-  static std::string text;
-  text.clear();
-  for (const std::string& name : ptxvm::kernels()) text += name + '\n';
-  return text.c_str();
-}
-
-const char* ptxvm_mutate(const char* kernel, uint64_t seed) {
-  static std::string text;
+  load_registered_modules(machine);
   try {
-    text = ptxvm::mutate(kernel, seed);
+    text = use(machine);
   } catch (const std::exception& problem) {
     text.clear();  // no such kernel, or a mutant that cannot be parsed
   }
   return text.c_str();
 }
 
-void ptxvm_restore(const char* kernel) { ptxvm::restore(kernel); }
+}  // namespace
+}  // namespace ptxvm
+
+const char* ptxvm_kernels() {
+  return ptxvm::answer([](ptxvm::Machine& machine) {
+    std::string text;
+    for (const std::string& name : machine.kernels())
+      text += name + '\t' + ptxvm::demangled(name) + '\n';
+    return text;
+  });
+}
+
+const char* ptxvm_instructions(const char* kernel) {
+  return ptxvm::answer([&](ptxvm::Machine& machine) {
+    const ptxvm::Program& program = machine.program(kernel);
+    std::string text;
+    for (size_t i = 0; i < program.code.size(); ++i) {
+      std::string statement = program.text[i];
+      for (char& c : statement)
+        if (c == '\n' || c == '\t') c = ' ';
+      text += std::to_string(program.executed[i]) + '\t' + program.place_of(i) + '\t' + statement +
+              '\n';
+    }
+    return text;
+  });
+}
+
+const char* ptxvm_mutate(const char* kernel, uint64_t instruction, uint64_t seed) {
+  return ptxvm::answer(
+      [&](ptxvm::Machine& machine) { return ptxvm::mutate(machine, kernel, instruction, seed); });
+}
+
+void ptxvm_restore(const char* kernel) {
+  ptxvm::answer([&](ptxvm::Machine& machine) {
+    machine.replace(kernel, nullptr);
+    std::ranges::fill(machine.program(kernel).executed, 0);
+    return std::string();
+  });
+}
+
+void ptxvm_limit_instructions(uint64_t of_a_block) {
+  ptxvm::Checks checks = ptxvm::checks();
+  checks.instruction_limit = of_a_block;
+  ptxvm::set_checks(checks);
+}
+
+const char* ptxvm_executed_forms() {
+  return ptxvm::answer([](ptxvm::Machine& machine) {
+    std::set<std::string> forms;
+    for (const std::string& kernel : machine.kernels()) {
+      if (!machine.was_run(kernel)) continue;
+      const ptxvm::Program& program = machine.program(kernel);
+      for (size_t i = 0; i < program.code.size(); ++i) {
+        const std::string& text = program.text[i];
+        if (program.executed[i] != 0) forms.insert(text.substr(0, text.find_first_of(" \t\n{[")));
+      }
+    }
+    std::string lines;
+    for (const std::string& form : forms) lines += form + '\n';
+    return lines;
+  });
+}
+
+uint64_t ptxvm_executed(const char* kernel) {
+  uint64_t total = 0;
+  ptxvm::answer([&](ptxvm::Machine& machine) {
+    for (uint64_t times : machine.runs_as(kernel).executed) total += times;
+    return std::string();
+  });
+  return total;
+}

@@ -52,8 +52,10 @@ class BodyParser {
       }
     }
     // Running off the end of a kernel is a return.
+    statement_ = {};
     add("ret", "");
     resolve_branches();
+    program_.executed.assign(program_.code.size(), 0);
     symbols_.finish();
   }
 
@@ -79,6 +81,7 @@ class BodyParser {
     }
     const std::string_view text = trim(std::string_view(text_).substr(at_, end - at_));
     const bool is_label = end < text_.size() && text_[end] == ':';
+    statement_ = {static_cast<uint32_t>(at_), static_cast<uint32_t>(end)};
     at_ = end + 1;
     if (is_label) {
       labels_[label_key(text, scope_path_.back())] = static_cast<uint32_t>(program_.code.size());
@@ -114,6 +117,7 @@ class BodyParser {
     }
     program_.code.push_back(instruction);
     program_.lines.push_back(line_);
+    program_.statements.push_back(statement_);
   }
 
   void decode(std::string_view text, Instruction& instruction) {
@@ -166,6 +170,7 @@ class BodyParser {
   Symbols symbols_;
   size_t at_ = 0;
   SourceLine line_;
+  TextRange statement_;
   std::vector<int> scope_path_;  // of the innermost braces, outermost first
   int scopes_ = 0;
   std::unordered_map<std::string, uint32_t> labels_;

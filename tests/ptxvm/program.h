@@ -66,12 +66,19 @@ struct SpecialRegister {
   bool wide;
 };
 
+struct TextRange {
+  uint32_t begin = 0, end = 0;  // its guard included, its semicolon not
+};
+
 struct Program {
   std::string name;
   std::vector<Instruction> code;
-  std::vector<std::string> text;  // of each instruction
-  std::vector<SourceLine> lines;  // of each instruction
   std::vector<std::string> files;
+  // Of each instruction:
+  std::vector<std::string> text;
+  std::vector<SourceLine> lines;
+  std::vector<TextRange> statements;       // where it stands in the kernel's text
+  mutable std::vector<uint64_t> executed;  // how often a warp ran it for some lane
 
   std::vector<uint8_t> registers;    // at the start: constants in place, the rest is poison
   std::vector<LaneMask> predicates;  // likewise
@@ -79,6 +86,9 @@ struct Program {
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t static_shared_bytes = 0, dynamic_shared_begin = 0, local_bytes = 0;
+
+  // "file:line (inlined at file:line)" of an instruction.
+  std::string place_of(size_t instruction) const;
 };
 
 // Shared memory starts here: below lies what the system keeps for itself, as on the device.

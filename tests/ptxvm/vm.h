@@ -26,6 +26,9 @@ struct Checks {
   bool uninitialised = true;  // reads of shared memory that nobody in the block wrote
   bool late_copies = true;    // cp.async delivers when it is waited for, never before
   uint64_t instruction_limit = 2'000'000'000;  // per block and warp instructions; then: livelock
+  // For the calibration's negative control, an ldmatrix that is wrong: 1 has rows for columns, 2
+  // has matrices 1 and 2 of four change places. 0: right.
+  int wrong_ldmatrix = 0;
 };
 
 struct Statistics {

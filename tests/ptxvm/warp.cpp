@@ -18,7 +18,7 @@ void Warp::start(uint32_t base_epoch) {
   alive_ = threads >= kLanes ? kAllLanes : (LaneMask{1} << threads) - 1;
   converged_ = true;
   pc_ = 0;
-  parked_ = at_warp_barrier_ = 0;
+  parked_ = at_warp_barrier_ = barrier_members_ = 0;
   stuck_ = awaits_votes = false;
   copies_.clear();
   std::fill(std::begin(groups_), std::end(groups_), 0);
@@ -65,6 +65,7 @@ void Warp::step() {
   const LaneMask lanes =
       instruction.guard < 0 ? here : here & predicate(static_cast<uint32_t>(instruction.guard));
   const uint32_t next = pc_ + 1;
+  program_.executed[pc_] += lanes != 0;
   const Flow flow = lanes == 0 ? Flow::kNext : instruction.run(*this, instruction, lanes);
   if (flow == Flow::kNext) return advance(here, next);
   if (flow == Flow::kRetry) return;
@@ -105,6 +106,21 @@ bool Warp::gathered(LaneMask members, LaneMask lanes, const char* what) {
   if (stuck_ || converged_)
     throw Fault(std::string(what) + ": its mask names lane " + std::to_string(first_lane(missing)) +
                     ", which is not here",
+                first_lane(lanes));
+  parked_ |= lanes;
+  return false;
+}
+
+bool Warp::gathered_at_barrier(LaneMask lanes) {
+  if (barrier_members_ == 0) barrier_members_ = alive_;
+  const LaneMask missing = barrier_members_ & ~lanes;
+  if (missing == 0) {
+    barrier_members_ = 0;
+    return true;
+  }
+  if (stuck_ || converged_)
+    throw Fault("divergent barrier: executed by part of a warp, lane " +
+                    std::to_string(first_lane(missing)) + " is elsewhere",
                 first_lane(lanes));
   parked_ |= lanes;
   return false;

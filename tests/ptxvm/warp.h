@@ -78,6 +78,9 @@ class Warp {
   bool gathered(LaneMask members, LaneMask lanes, const char* what);
   // bar.warp.sync: its lanes may be at different instructions.
   Flow warp_barrier(LaneMask members, LaneMask lanes);
+  // The same for a barrier of the block, which counts warps: all lanes there were when the first
+  // one came must come, and none may leave in between.
+  bool gathered_at_barrier(LaneMask lanes);
   void require_whole_warp(LaneMask lanes, const char* what) const;
 
   // The lane's memory in the .local space.
@@ -119,6 +122,7 @@ class Warp {
   LaneMask parked_ = 0;     // lanes that wait at a .sync instruction for others of the warp
   LaneMask at_warp_barrier_ = 0;
   bool stuck_ = false;  // all lanes are parked
+  LaneMask barrier_members_ = 0;
   std::vector<AsyncCopy> copies_;
   uint32_t groups_[kLanes]{};  // committed so far, by lane
   uint32_t local_bytes_;

@@ -10,24 +10,16 @@
 namespace ptxvm {
 namespace {
 
-// A barrier counts warps; a part of a warp at it means that the rest went another way.
-void require_all_alive(Warp& warp, LaneMask lanes) {
-  if (lanes == warp.alive()) return;
-  throw Fault("divergent barrier: executed by part of a warp, lane " +
-                  std::to_string(first_lane(warp.alive() & ~lanes)) + " is elsewhere",
-              first_lane(lanes));
-}
-
 // arg: barrier, threads.
 Flow run_sync(Warp& warp, const Instruction& in, LaneMask lanes) {
-  require_all_alive(warp, lanes);
+  if (!warp.gathered_at_barrier(lanes)) return Flow::kRetry;
   warp.block.arrive(warp, warp.uniform_value(in.arg[0], lanes),
                     warp.uniform_value(in.arg[1], lanes), true);
   return Flow::kBlocked;
 }
 
 Flow run_arrive(Warp& warp, const Instruction& in, LaneMask lanes) {
-  require_all_alive(warp, lanes);
+  if (!warp.gathered_at_barrier(lanes)) return Flow::kRetry;
   warp.block.arrive(warp, warp.uniform_value(in.arg[0], lanes),
                     warp.uniform_value(in.arg[1], lanes), false);
   return Flow::kNext;
@@ -39,7 +31,7 @@ enum Reduction : int32_t { kPopc, kAnd, kOr };
 // barrier is complete, for the result.
 Flow run_reduction(Warp& warp, const Instruction& in, LaneMask lanes) {
   if (!warp.awaits_votes) {
-    require_all_alive(warp, lanes);
+    if (!warp.gathered_at_barrier(lanes)) return Flow::kRetry;
     warp.awaits_votes = true;
     const uint32_t barrier = warp.uniform_value(in.arg[0], lanes);
     warp.block.vote(barrier,

@@ -118,6 +118,8 @@ template <bool kTransposed>
 Flow run_ldmatrix(Warp& warp, const Instruction& in, LaneMask lanes) {
   warp.require_whole_warp(lanes, "ldmatrix");
   const MatrixRows rows = matrix_rows(warp, in, in.elements);
+  const int wrong = warp.block.launch.checks.wrong_ldmatrix;
+  const bool transposed = kTransposed != (wrong == 1);
   for (int i = 0; i < in.elements; ++i) {
     uint16_t matrix[8][8];
     for (int r = 0; r < 8; ++r) {
@@ -129,11 +131,12 @@ Flow run_ldmatrix(Warp& warp, const Instruction& in, LaneMask lanes) {
     Lanes<uint32_t> values;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int r = lane / 4, c = lane % 4 * 2;
-      const uint32_t low = kTransposed ? matrix[c][r] : matrix[r][c];
-      const uint32_t high = kTransposed ? matrix[c + 1][r] : matrix[r][c + 1];
+      const uint32_t low = transposed ? matrix[c][r] : matrix[r][c];
+      const uint32_t high = transposed ? matrix[c + 1][r] : matrix[r][c + 1];
       values[lane] = high << 16 | low;
     }
-    warp.store(in.arg[i], lanes, values);
+    const bool swapped = wrong == 2 && in.elements == 4 && (i == 1 || i == 2);
+    warp.store(in.arg[swapped ? 3 - i : i], lanes, values);
   }
   ++warp.block.launch.statistics.ldmatrix;
   return Flow::kNext;

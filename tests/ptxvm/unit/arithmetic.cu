@@ -289,4 +289,42 @@ INT(max_bf16x2, "max.bf16x2 %0, %1, %2;", u32, each(a, b, [](u32 x, u32 y) {
       return bits(__float2bfloat16_rn(std::fmax(from_bf16(x), from_bf16(y))));
     }))
 
+// ---- Forms that our kernels have and that no calibrator executes.
+
+INT(min_u32, "min.u32 %0, %1, %2;", u32, std::min(a, b))
+LONG(div_s64, "div.s64 %0, %1, %2;", s64, b == -1 ? 0 - u64(a) : quotient(a, b))
+LONG(rem_s64, "rem.s64 %0, %1, %2;", s64, b == 0 ? a : b == -1 ? 0 : a % b)
+LONG(max_s64, "max.s64 %0, %1, %2;", s64, std::max(a, b))
+LONG(neg_s64, "neg.s64 %0, %1;", u64, 0 - a)
+LONG(not_b64, "not.b64 %0, %1;", u64, ~a)
+LONG(or_b64, "or.b64 %0, %1, %2;", u64, a | b)
+LONG(selp_b64, "setp.gt.s64 p, %1, %2; selp.b64 %0, %1, %3, p;", s64, a > b ? a : c)
+LONG(setp_ge_s64, "setp.ge.s64 p, %1, %2; selp.b64 %0, 1, 0, p;", s64, a >= b)
+LONG(setp_le_s64, "setp.le.s64 p, %1, %2; selp.b64 %0, 1, 0, p;", s64, a <= b)
+LONG(setp_lt_s64, "setp.lt.s64 p, %1, %2; selp.b64 %0, 1, 0, p;", s64, a < b)
+LONG(setp_ne_s64, "setp.ne.s64 p, %1, %2; selp.b64 %0, 1, 0, p;", s64, a != b)
+LONG(setp_lt_u64, "setp.lt.u64 p, %1, %2; selp.b64 %0, 1, 0, p;", u64, a < b)
+FORM(and_b16, "and.b16 %0, %1, %2;", "h", "h", "h", uint16_t, uint16_t, uint16_t, uint16_t(a& b))
+FORM(setp_eq_s16, "setp.eq.s16 p, %1, %2; selp.s32 %0, 1, 0, p;", "r", "h", "h", s32, int16_t,
+     int16_t, a == b)
+FORM(setp_ne_s16, "setp.ne.s16 p, %1, %2; selp.s32 %0, 1, 0, p;", "r", "h", "h", s32, int16_t,
+     int16_t, a != b)
+FORM(setp_gt_s16, "setp.gt.s16 p, %1, %2; selp.s32 %0, 1, 0, p;", "r", "h", "h", s32, int16_t,
+     int16_t, a > b)
+INT(predicates_and_or,
+    "setp.le.s32 p, %1, %2; setp.gt.s32 q, %1, %3; and.pred p, p, q;"
+    "setp.eq.s32 q, %2, %3; or.pred p, p, q; selp.s32 %0, 1, 0, p;",
+    s32, (a <= b && a > c) || b == c)
+FLOAT(add_rn_f32, "add.rn.f32 %0, %1, %2;", 0.0, a + b)
+FLOAT(sub_rn_f32, "sub.rn.f32 %0, %1, %2;", 0.0, a - b)
+FLOAT(mul_rn_f32, "mul.rn.f32 %0, %1, %2;", 0.0, a* b)
+FLOAT(rcp_approx_ftz_f32, "rcp.approx.ftz.f32 %0, %1;", 2e-7, flushed(1 / flushed(a)))
+FLOAT(selp_f32, "setp.gt.f32 p, %1, %2; selp.f32 %0, %1, %3, p;", 0.0, a > b ? a : c)
+FORM(setp_eq_f32, "setp.eq.f32 p, %1, %2; selp.s32 %0, 1, 0, p;", "r", "f", "f", s32, float, float,
+     a == b)
+FORM(setp_neu_f32, "setp.neu.f32 p, %1, %2; selp.s32 %0, 1, 0, p;", "r", "f", "f", s32, float,
+     float, !(a == b))
+FORM(mul_f64, "mul.f64 %0, %1, %2;", "d", "d", "d", double, double, double, a* b)
+FORM(sub_f64, "sub.f64 %0, %1, %2;", "d", "d", "d", double, double, double, a - b)
+
 }  // namespace

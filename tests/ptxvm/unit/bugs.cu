@@ -269,6 +269,23 @@ BUG(divergent_barrier, "divergent barrier") {
   divergent<<<1, 64>>>(out.data());
 }
 
+// One lane takes a longer way, which the compiler may put behind the barrier in the text.
+__global__ void lane_on_another_way(const volatile int* in, int* out) {
+  asm volatile(
+      "{ .reg .pred first, both; .reg .u32 lane; .reg .b32 value; .reg .u64 at;"
+      "  mov.u32 lane, %%tid.x; setp.eq.u32 first, lane, 0; @first bra LONGER;"
+      "MEET: bar.red.and.pred both, 0, first; selp.b32 value, 1, 2, both; bra DONE;"
+      "LONGER: ld.global.b32 value, [%0]; bra MEET;"
+      "DONE: mul.wide.u32 at, lane, 4; add.u64 at, at, %1; st.global.b32 [at], value; }" ::"l"(in),
+      "l"(out)
+      : "memory");
+}
+CASE(lanes_meet_at_a_barrier) {
+  Buffer<int> in(1), out(64);
+  lane_on_another_way<<<1, 64>>>(in.data(), out.data());
+  for (int value : out.values()) unit::expect_equal(value, 2, "vote");
+}
+
 __global__ void wait_for_too_many(int* out) {
   if (threadIdx.x < 32) asm volatile("bar.sync 1, 96;" ::: "memory");
   if (threadIdx.x >= 32) asm volatile("bar.sync 2, 96;" ::: "memory");

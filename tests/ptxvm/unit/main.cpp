@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // unit: lists the cases.  unit SEED...: runs them all with each seed, a line per case.
+// unit --reports: what is reported of each bug.  unit --forms: the instruction forms that the cases
+// which must pass have executed.
 #include <cstdlib>
 #include <iostream>
 
+#include "../mutation.h"
 #include "../vm.h"
 #include "cases.h"
 
@@ -36,9 +39,33 @@ std::string verdict(const Case& unit_case) {
   return "";
 }
 
+std::string in_one_line(std::string text) {
+  for (char& c : text)
+    if (c == '\n') c = ' ';
+  return text;
+}
+
+void print_reports() {
+  for (const Case& unit_case : cases()) {
+    if (unit_case.fault.empty()) continue;
+    const std::string problem = verdict(unit_case), report = ptxvm::last_error();
+    const std::string what = unit_case.fault == kWrongValues ? kWrongValues : report;
+    std::cout << unit_case.name << '\t' << in_one_line(problem.empty() ? what : problem) << '\n';
+  }
+}
+
+void print_forms() {
+  for (const Case& unit_case : cases())
+    if (unit_case.fault.empty()) verdict(unit_case);
+  std::cout << ptxvm_executed_forms();
+}
+
 }  // namespace unit
 
 int main(int count, char** arguments) {
+  const std::string_view wish = count > 1 ? arguments[1] : "";
+  if (wish == "--reports") return unit::print_reports(), 0;
+  if (wish == "--forms") return unit::print_forms(), 0;
   int failures = 0;
   for (const unit::Case& unit_case : unit::cases()) {
     if (count == 1) {
@@ -51,9 +78,8 @@ int main(int count, char** arguments) {
       problem = unit::verdict(unit_case);
       if (!problem.empty()) problem = "seed " + std::string(arguments[i]) + ": " + problem;
     }
-    for (char& c : problem)
-      if (c == '\n') c = ' ';
-    std::cout << unit_case.name << '\t' << (problem.empty() ? "ok" : problem) << '\n';
+    std::cout << unit_case.name << '\t' << (problem.empty() ? "ok" : unit::in_one_line(problem))
+              << '\n';
     failures += !problem.empty();
   }
   return failures != 0;

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Instruction forms, an opcode with all its words: which the kernels use, and who vouches for them.
+
+    python tests/ptxvm/forms.py      lists those of build/ptxvm that no calibrator covers
+
+A form is covered by a calibrator that executed it (calibrated_forms.txt, written by calibrate.py)
+or by a unit kernel with a known answer.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RECORD = HERE / "calibrated_forms.txt"
+KERNELS = HERE.parents[1] / "build" / "ptxvm"
+_STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+(?:::\w+)?)*)(?=\s|$)")
+
+
+def in_ptx(text: str) -> set[str]:
+    """The forms of a PTX module: of its statements, not of its directives and declarations."""
+    statements = re.split(r"[;{}]|^\s*\.loc[^\n]*$", re.sub(r"//[^\n]*", "", text), flags=re.M)
+    matches = (_STATEMENT.match(re.sub(r"\$\w+:", "", x).strip()) for x in statements)
+    return {match[1] for match in matches if match}
+
+
+def in_objects(paths: Iterable[Path]) -> set[str]:
+    """The forms of the PTX that nvcc left in objects, uncompressed."""
+    forms = set()
+    for path in paths:
+        for text in re.findall(rb"\.version [^\0]*", path.read_bytes()):
+            forms |= in_ptx(text.decode())
+    return forms
+
+
+def of_our_kernels() -> set[str]:
+    """Those in the build of `make vm`; none if there is no build."""
+    return in_objects(sorted(KERNELS.glob("temp*/csrc/cuda/**/*.o")))
+
+
+def calibrated() -> set[str]:
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+if __name__ == "__main__":
+    print(*sorted(of_our_kernels() - calibrated()), sep="\n")
