@@ -261,7 +261,7 @@ class ProcessGroupTransport(Transport):
         return _Works(messages, works, self.name)
 
     def warm_up(self, device: torch.device) -> None:
-        if device.type != "cpu" and device not in self.book.warm:
+        if device.type == "cuda" and device not in self.book.warm:
             priority.advise(self.group, device)
         super().warm_up(device)
 

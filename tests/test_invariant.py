@@ -283,8 +283,9 @@ def test_predicted_memory_is_what_trees_hold(
         p = plan(case.mask, kind(N, size), rank=rank, invariant=True)
         split = p.own_split(k_bytes, k_bytes)  # of float32, as the sums are
         assert made[str(rank)] == [pending.states(p), *pending.sums(p, split)]
-        rows = len(p.tiles.q_held[rank]) if p.tiles else 0
-        assert pending.sums(p, split)[0] <= 2 * rows + 1
+        if size == 1:  # nothing arrives: the order of pairs alone decides what waits
+            rows = len(p.tiles.q_held[rank]) if p.tiles else 0
+            assert pending.sums(p, split)[0] <= 2 * rows + 1
 
 
 def test_predictions_count_what_waits_and_what_goes_home() -> None:
