@@ -103,10 +103,12 @@ def stored(x: Tensor, storage: str) -> Tensor:
         return view.copy_(x)
     if storage == "strided":
         return x.mT.contiguous().mT
-    if storage == "misaligned" and x.numel():  # frombuffer() refuses to read nothing
+    if storage == "misaligned":
+        if x.numel() == 0:  # frombuffer() refuses to read nothing
+            return x
         raw = torch.empty(x.numel() * x.element_size() + 1, dtype=torch.uint8)
         view = torch.frombuffer(raw.numpy(), dtype=x.dtype, offset=1, count=x.numel())
-        return view.view(x.shape).copy_(x) if x.numel() else x
+        return view.view(x.shape).copy_(x)
     assert storage == "bhsd"
     return x
 
