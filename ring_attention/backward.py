@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import loop, ops, queries
-from .plan import Plan
+from .rank_plan import Plan
 from .ring import Transport
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from . import pending
 from .figures import Machine
-from .plan import Plan
+from .rank_plan import Plan
 from .shapes import Shapes
 from .steps import Step, Transfer
 

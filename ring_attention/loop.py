@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops, trace
 from .messages import Blocks, Messages, Rows, Sums
-from .plan import Plan
+from .rank_plan import Plan
 from .ring import Transport
 from .steps import Step, last_due
 

@@ -11,7 +11,7 @@ from .checks import state_dtype
 from .function import attention
 from .layout import Layout
 from .mask import Causal, Mask, Window
-from .plan import Plan
+from .rank_plan import Plan
 from .ring import rank_of, size_of
 from .rope import rotate
 

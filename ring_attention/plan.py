@@ -10,31 +10,19 @@ ring loop runs any plan; how steps come about is up to a generator in csrc/plan/
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import _planner
+from .figures import Machine
 from .layout import Layout
+from .make_plan import check, make_plan
 from .mask_algebra import Mask, refuse
-from .merged import Merged
+from .predict import predict
 from .rank_plan import Plan
 from .ring import degrees_of
-from .schedules import GENERATORS, cheapest, generator_of, nodes_of_ring, travellers_of
-from .steps import step_of
-from .tiles import tile_count, tiles_of
-
-if TYPE_CHECKING:
-    from .figures import Machine
-    from .shapes import Shapes
+from .schedules import GENERATORS
+from .shapes import Shapes
 
 __all__ = ["GENERATORS", "Plan", "plan"]
-
-
-def _digest(mask: Mask, q_layout: Layout, k_layout: Layout, *how: str | int) -> int:
-    parts = [mask.to_dict(), q_layout.to_dict(), k_layout.to_dict(), *how]
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _predicted(
@@ -48,14 +36,12 @@ def _predicted(
     **how: Any,
 ) -> Plan:
     """The plan that a prediction chose, or predicted as it was chosen by name."""
-    from .predict import predict
-
     if ranks_per_node not in (None, machine.ranks_per_node):
         remedy = "leave it out: the machine says it"
         refuse("plan", f"ranks_per_node == {machine.ranks_per_node}", ranks_per_node, remedy)
     prediction = predict(mask, q_layout, shapes, machine, k_layout=k_layout, **how)
     schedule = {"traveller": ("kv", "kv")} | prediction.schedule
-    made = plan(mask, q_layout=q_layout, k_layout=k_layout, rank=rank, **schedule)
+    made = make_plan(mask, q_layout, k_layout, rank, **schedule)
     return dataclasses.replace(made, prediction=prediction)
 
 
@@ -121,18 +107,8 @@ def plan(
     if (layout is None) == (q_layout is None and k_layout is None):
         refuse("plan", "layout, or q_layout and k_layout", (layout, q_layout, k_layout), "pass one")
     q_layout, k_layout = (layout, layout) if layout is not None else (q_layout, k_layout)
-    for name, value in (("q_layout", q_layout), ("k_layout", k_layout)):
-        if not isinstance(value, Layout):
-            refuse("plan", f"a Layout as {name}", repr(value), "for example Zigzag(length, ranks)")
+    check(mask, q_layout, k_layout)
     assert q_layout is not None and k_layout is not None
-    if not isinstance(mask, Mask):
-        refuse("plan", "a Mask", repr(mask)[:80], "for example Causal()")
-    if q_layout.world_size != k_layout.world_size:
-        sizes = (q_layout.world_size, k_layout.world_size)
-        refuse("plan", "layouts of one world size", sizes, "make both for the same group")
-    largest = max(k_layout.sizes)
-    if largest >= 2**31:
-        refuse("plan", "shards below 2**31 rows", largest, "use more ranks")
     if (rank is None) == (group is None) and q_layout.world_size > 1:
         refuse("plan", "rank or group", (rank, group), "pass one of them")
     me = q_layout.rank_of(group if rank is None else rank)
@@ -161,73 +137,16 @@ def plan(
     if shapes is not None and traveller != "auto":
         remedy = "leave shapes out, or pass a machine for a prediction"
         refuse("plan", 'shapes without a machine only with traveller="auto"', traveller, remedy)
-    ulysses = 1 if ulysses is None else ulysses
-    count = tile_count(invariant)
-    if ulysses != 1:
-        if count:
-            refuse("plan", "ulysses == 1 with invariant", ulysses, "it deals out heads")
-        ring = plan(
-            mask,
-            q_layout=Merged.of(q_layout, ulysses),
-            k_layout=Merged.of(k_layout, ulysses),
-            rank=me // ulysses,
-            generator=generator,
-            resident=resident,
-            ranks_per_node=nodes_of_ring(q_layout.world_size, ranks_per_node, ulysses),
-            traveller=traveller,
-            shapes=shapes,
-        )
-        nodes = ranks_per_node or 1
-        how = ring.generator, resident, nodes, ulysses, *ring.traveller
-        digest = _digest(mask, q_layout, k_layout, *how)
-        return dataclasses.replace(
-            ring,
-            rank=me,
-            world_size=q_layout.world_size,
-            q_layout=q_layout,
-            k_layout=k_layout,
-            ranks_per_node=nodes,
-            digest=digest,
-            ulysses=ulysses,
-            ring=ring,
-        )
-    generator, locals_ = generator_of(q_layout.world_size, generator, resident, ranks_per_node)
-    both = travellers_of(traveller, generator)
-    samples = mask.segments(q_layout.length, k_layout.length)
-    reads = _planner.Reads(samples, q_layout.table, k_layout.table)
-    tiles = None
-    if count:
-        if generator == "double":
-            remedy = 'a double ring sums inside nodes: pass generator="direct" or "chain"'
-            refuse("plan", "one ring with invariant", f"ranks_per_node = {locals_}", remedy)
-        if both is not None and "q" in both:
-            refuse("plan", "K/V to travel with invariant", repr(traveller), 'pass traveller="kv"')
-        both = ("kv", "kv")
-        tiles = tiles_of(count, samples, q_layout, k_layout)
-        made = {"kv": tiles.steps(q_layout, k_layout, me, generator, resident)}
-    else:
-        if both is None:
-            both = "kv", "kv"
-            if shapes is not None and q_layout.world_size > 1:
-                both = cheapest(shapes, reads, q_layout, k_layout)
-        made = {
-            what: tuple(map(step_of, reads.schedule(me, generator, resident, locals_, what == "q")))
-            for what in set(both)
-        }
-    chosen = (generator, resident, locals_, *both, *((f"invariant {count}",) if count else ()))
-    return Plan(
-        rank=me,
-        world_size=q_layout.world_size,
-        mask=mask,
-        q_layout=q_layout,
-        k_layout=k_layout,
+    return make_plan(
+        mask,
+        q_layout,
+        k_layout,
+        me,
         generator=generator,
         resident=resident,
-        ranks_per_node=locals_,
-        traveller=both,
-        steps=made[both[0]],
-        backward_steps=made[both[1]],
-        digest=_digest(mask, q_layout, k_layout, *chosen),
-        tiles=tiles,
-        _reads=reads,
+        ranks_per_node=ranks_per_node,
+        ulysses=1 if ulysses is None else ulysses,
+        traveller=traveller,
+        shapes=shapes,
+        invariant=invariant,
     )

@@ -13,10 +13,11 @@ from .costs import Costs
 from .explain import size
 from .figures import Machine
 from .layout import Layout
+from .make_plan import check, make_plan
 from .mask_algebra import Mask, refuse
 from .merged import merges
-from .plan import Plan, plan
 from .prediction import Candidate, Prediction
+from .rank_plan import Plan
 from .schedules import travellers_of
 from .shapes import Shapes
 from .simulate import Timeline, simulate
@@ -74,7 +75,9 @@ def predict(
         >>> p.schedule["generator"], p.exposed_s < 0.01 * p.seconds
         ('direct', True)
     """
-    world, keys = layout.world_size, k_layout or layout
+    keys = k_layout or layout
+    check(mask, layout, keys)
+    world = layout.world_size
     limit = machine.device.memory_bytes if memory_bytes is None else memory_bytes
     count = tile_count(invariant)
     degrees = [1] if ulysses is None else [ulysses]
@@ -217,13 +220,8 @@ class _Trials:
         which = repr((schedule, traveller, ranks))
         if which not in self.plans:
             self.plans[which] = [
-                plan(
-                    self.mask,
-                    q_layout=self.layout,
-                    k_layout=self.k_layout,
-                    rank=rank,
-                    traveller=traveller,
-                    **schedule,
+                make_plan(
+                    self.mask, self.layout, self.k_layout, rank, traveller=traveller, **schedule
                 )
                 for rank in ranks
             ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .loop import Keys, send_home
 from .messages import Blocks, Rows, States, Sums
-from .plan import Plan
+from .rank_plan import Plan
 from .ring import Transport
 
 

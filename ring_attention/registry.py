@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .rank_plan import Plan
 
 KEPT_PLANS = 256
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .function import attention
 from .layout import Layout
 from .mask import Causal, Full
-from .plan import Plan
+from .rank_plan import Plan
 
 
 def scaled_dot_product_attention(

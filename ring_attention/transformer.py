@@ -10,7 +10,7 @@ from .feed_forward import BlockwiseFeedForward
 from .layout import Layout
 from .mask import Mask
 from .module import RingAttention
-from .plan import Plan
+from .rank_plan import Plan
 
 
 class RingTransformerBlock(nn.Module):

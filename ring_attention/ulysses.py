@@ -24,7 +24,7 @@ from .buffers import Lease
 from .layout import Layout
 from .merged import rows_of
 from .ops import empty_output
-from .plan import Plan
+from .rank_plan import Plan
 from .ring import Message, Subring, Transport, register
 
 _FEW_RANGES = 16
