@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What invariant=True costs: time and memory against the ordinary plan.
+"""What invariant=True costs in time, against the ordinary plan.
 
     python benchmarks/invariant.py                            # the table
     python benchmarks/invariant.py --ranks 1 --tokens 4096    # one problem
@@ -7,9 +7,8 @@
 
 Ranks are gloo processes of one thread each, causal, zigzag. In every round a forward and its
 backward run once with either plan; ratios are medians over the rounds of ratios taken within a
-round, of CPU time of all ranks and of time by the clock. Memory is the most that a process held in
-a round above what it held before (Linux: VmHWM, of the rank with most): results, what is saved,
-states, sums, messages.
+round, of CPU time of all ranks and of time by the clock. What it costs in memory is counted from
+plans: `python -m ring_attention plan --invariant` says it.
 """
 
 import argparse
@@ -51,13 +50,6 @@ class Cost:
     backward_s: float
     cpu_forward_s: float
     cpu_backward_s: float
-    peak_bytes: float
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM, its peak, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def run(
@@ -65,8 +57,6 @@ def run(
 ) -> Cost:
     group = dist.group.WORLD
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident_bytes("VmRSS")
     stamps = [(time.perf_counter(), time.process_time())]
     out = ra.attention(q, k, v, plan=plan, group=group)
     dist.barrier()
@@ -76,10 +66,8 @@ def run(
     stamps.append((time.perf_counter(), time.process_time()))
     cpu_s = torch.tensor([b[1] - a[1] for a, b in itertools.pairwise(stamps)])
     dist.all_reduce(cpu_s)
-    peak = torch.tensor(float(resident_bytes("VmHWM") - before))
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
     forward_s, backward_s = (b[0] - a[0] for a, b in itertools.pairwise(stamps))
-    return Cost(forward_s, backward_s, *cpu_s.tolist(), float(peak))
+    return Cost(forward_s, backward_s, *cpu_s.tolist())
 
 
 def serve(rank: int, store: str, problem: Problem, rounds: int) -> None:
@@ -141,7 +129,7 @@ def main() -> None:
         f"torch {torch.__version__}, kernels: {ra.isa_name()}, causal, zigzag, H={options.heads} "
         f"G={options.kv_heads} D={options.head_dim}, {options.tiles} tiles, {options.rounds} rounds"
     )
-    print("invariant over ordinary\n\nranks tokens dtype  CPU fwd   bwd   clock fwd   bwd    MB")
+    print("invariant over ordinary\n\nranks tokens dtype  CPU fwd   bwd   clock fwd   bwd")
     rows = []
     for ranks, tokens, dtype in itertools.product(options.ranks, options.tokens, options.dtype):
         shape = (options.heads, options.kv_heads, options.head_dim)
@@ -149,13 +137,10 @@ def main() -> None:
         rounds = measure(problem, options.rounds)
         listed = [{name: asdict(cost) for name, cost in r.items()} for r in rounds]
         rows.append({"problem": asdict(problem), "rounds": listed})
-        megabytes = [
-            max(r[name].peak_bytes for r in rounds) / 1e6 for name in ("invariant", "ordinary")
-        ]
         print(
             f"{ranks:5d} {tokens:6d} {dtype:5} {ratio(rounds, 'cpu_forward_s'):8.2f} "
             f"{ratio(rounds, 'cpu_backward_s'):5.2f} {ratio(rounds, 'forward_s'):11.2f} "
-            f"{ratio(rounds, 'backward_s'):5.2f}    {megabytes[0]:.0f} over {megabytes[1]:.0f}",
+            f"{ratio(rounds, 'backward_s'):5.2f}",
             flush=True,
         )
     if options.json:
