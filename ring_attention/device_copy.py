@@ -4,7 +4,8 @@
 Note [captures]. While a CUDA graph is captured nothing may be copied from the host, and no event
 recorded before may be asked or waited for. So whatever a plan has on a device is made by a first
 call outside: the warm-up that graphs ask for anyway. It has arrived by then, as torch.cuda.graph
-begins with torch.cuda.synchronize(). A graph reads it at every replay: keep the plan that long.
+begins with torch.cuda.synchronize(). A graph reads it at every replay: keep the plan that long, and
+its intervals within INTERVAL_CACHE_BYTES.
 """
 
 import torch

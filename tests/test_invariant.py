@@ -283,9 +283,13 @@ def test_predicted_memory_is_what_trees_hold(
         p = plan(case.mask, kind(N, size), rank=rank, invariant=True)
         split = p.own_split(k_bytes, k_bytes)  # of float32, as the sums are
         assert made[str(rank)] == [pending.states(p), *pending.sums(p, split)]
-        if size == 1:  # nothing arrives: the order of pairs alone decides what waits
-            rows = len(p.tiles.q_held[rank]) if p.tiles else 0
-            assert pending.sums(p, split)[0] <= 2 * rows + 1
+        # Of each row of tiles the square in hand has one dQ and the pair in hand one. What came
+        # before is up to two stretches of the sequence for each run of tiles that a rank holds, and
+        # either end of a stretch has at most a node for each halving of the ranks.
+        assert p.tiles is not None
+        rows, runs = len(p.tiles.q_held[rank]), 2 if kind is Zigzag else 1
+        most = 2 + 2 * runs * (size.bit_length() - 1)
+        assert pending.sums(p, split)[0] <= (2 if size <= 2 else most) * rows + 1
 
 
 def test_predictions_count_what_waits_and_what_goes_home() -> None:
