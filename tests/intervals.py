@@ -105,6 +105,12 @@ def falling_gap(batch: int, q_len: int, k_len: int) -> Interval:
     return begin.flip(-1), end.flip(-1)
 
 
+def jumps(batch: int, q_len: int, k_len: int) -> Interval:
+    """A short stretch that jumps once, in each sample between two other rows: 15 and 16, ..."""
+    late = torch.arange(q_len)[None] > 15 + 32 * torch.arange(batch)[:, None]
+    return stacked((torch.where(late, 67, 0), torch.where(late, 70, 3)))
+
+
 GAPS = [moving_gap, rising_gap, falling_gap]
 MASKS: list[Callable[[int, int, int], Interval]] = [
     full,

@@ -15,6 +15,7 @@ from intervals import (
     causal,
     each_mask,
     full,
+    jumps,
     one_row_differs,
     one_row_sees,
     padded,
@@ -54,6 +55,22 @@ def test_keys_no_row_sees_do_not_count(mask: Any, garbage: float, dtype: torch.d
     for a, b in zip(ours(replace(p, **dirty)), expected, strict=True):
         assert torch.equal(a, b)
     assert (expected[3][:, :, unseen] == 0).all() and (expected[4][:, :, unseen] == 0).all()
+
+
+@pytest.mark.isa
+@each_low
+def test_keys_between_any_two_rows_do_not_count(dtype: torch.dtype) -> None:
+    """Each gap lies between other rows of a tile of 128."""
+    p = problem(dtype, jumps, batch=4, heads=1, kv_heads=1, q_len=128, k_len=90)
+    unseen = ~p.visible.any(dim=1)
+    assert unseen[:, 10:60].all()
+    for x in (p.k, p.v):
+        x.masked_fill_(unseen[:, None, :, None], math.nan)
+    dirty = ours(p)
+    for x in (p.k, p.v):
+        x.nan_to_num_(nan=0.0)
+    for a, b in zip(dirty, ours(p), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.isa

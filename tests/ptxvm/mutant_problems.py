@@ -16,7 +16,7 @@ from torch import Tensor
 
 import intervals as masks
 from bounds import bounds
-from problems import Problem, problem, theirs
+from problems import Problem, new_output, problem, theirs
 
 
 @dataclass
@@ -69,6 +69,20 @@ def garbage(p: Problem) -> Problem:
     return replace(p, **{x: getattr(p, x).masked_fill(unseen, math.nan) for x in ("k", "v")})
 
 
+def into_garbage(p: Problem, write: Callable[[Tensor, Tensor], None], odd: int = 0) -> list[Tensor]:
+    """(out, lse) as written into larger tensors, of which nothing else may be written.
+
+    odd: 1 for rows of `out` that lie on no pair of elements.
+    """
+    out, lse = new_output(p)
+    wide = out.new_full((*out.shape[:2], out.shape[2] + 2, out.shape[3] + 16 + odd), math.nan)
+    view = wide[:, :, 1:-1, 8 - odd : -8 - 2 * odd]
+    write(view, lse)
+    got = view.clone()
+    view.fill_(math.nan)
+    return [got if wide.isnan().all() else torch.full_like(got, math.nan), lse]
+
+
 def rising(p: Problem) -> Problem:
     """Scores that grow along the keys: the reference of the softmax must move."""
     k_len = p.k.shape[2]
@@ -119,6 +133,7 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
         yield mask.__name__, (of(mask, 1, 1, 40, 128, batch=12), (70,))
     for gap in masks.GAPS:
         yield f"garbage, {gap.__name__}", (of(gap, 2, 1, 41, 137, dlse=False), (66,))
+    yield "garbage, jumps", (of(masks.jumps, 1, 1, 128, 90, batch=4, dlse=False), ())
     yield "turns", (of(masks.turns, 1, 1, 130, 150), (128,))
     yield "intervals", (of(partial(masks.scattered, n=11), 2, 2, 35, 203), ())
     cuts = (7, 16, 24, 33, 40, 48, 49, 80)
@@ -127,4 +142,6 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     yield "spikes", (spikes(of(masks.full, 1, 1, 70, 256, scale=1.0, dlse=False)), ())
     yield "causal", (of(masks.causal, 2, 2, 200, 200, storage="bshd"), ())
     yield "grouped", (of(masks.padded, 3, 1, 130, 192, batch=2), ())
-    yield "few rows", (of(masks.bottom_right, 1, 1, 3, 1100, sinks=True), (500,))
+    yield "few rows", (of(masks.bottom_right, 2, 1, 3, 1100, batch=2, sinks=True), (500,))
+    # Of 128 or 32 rows, some warps have none.
+    yield "half a tile", (of(masks.full, 1, 1, 64 if drive.rows > 64 else 16, 70), ())
