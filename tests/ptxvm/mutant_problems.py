@@ -103,6 +103,15 @@ def spikes(p: Problem) -> Problem:
     return replace(p, q=q, k=k)
 
 
+def apart(p: Problem) -> Problem:
+    """Five stretches of keys, scores 200 apart: they rise for one row and fall for the next."""
+    k_len = p.k.shape[2]
+    q, k = p.q.clone(), p.k.clone()
+    q[..., 0] = 16.0 * (-1.0) ** torch.arange(q.shape[2])
+    k[..., 0] = 200.0 * (5 * torch.arange(k_len) // k_len)
+    return replace(p, q=q, k=k)
+
+
 @dataclass
 class Drive:
     """What calls have in common so that they end up in one kernel."""
@@ -143,5 +152,7 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     yield "causal", (of(masks.causal, 2, 2, 200, 200, storage="bshd"), ())
     yield "grouped", (of(masks.padded, 3, 1, 130, 192, batch=2), ())
     yield "few rows", (of(masks.bottom_right, 2, 1, 3, 1100, batch=2, sinks=True), (500,))
+    far = apart(of(masks.full, 1, 1, 8, 1400, scale=1 / 16))
+    yield "apart", (far, (280, 560, 840, 1120))
     # Of 128 or 32 rows, some warps have none.
     yield "half a tile", (of(masks.full, 1, 1, 64 if drive.rows > 64 else 16, 70), ())

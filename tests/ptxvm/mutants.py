@@ -67,7 +67,9 @@ TARGETS = {
         forward("BFloat16", "192, 128", "4, 16"), "forward", dims=(192, 128), environment=SMALL
     ),
     "forward-fp32": Target("forward_fp32_kernel<Fp32Tile<64>, false>", "forward", "float32"),
-    "join-parts": Target("join_parts_kernel<BFloat16>", "forward", dims=(64, 256), least=ROWS),
+    "join-parts": Target(
+        "join_parts_kernel<BFloat16>", "forward", dims=(64, 256), rows=8, least=ROWS
+    ),
     "dq-bf16": Target("backward_dq<BFloat16, HeadDims<64, 64>, false>", "backward"),
     "dkdv-bf16": Target("backward_keys<BFloat16, HeadDims<64, 64>, false, 3>", "backward"),
     "dq-f16": Target("backward_dq<Float16, HeadDims<64, 64>, false>", "backward", "float16"),
