@@ -155,7 +155,7 @@ def test_masks(mask: Any, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("heads", [(1, 1), (6, 6), (6, 2), (6, 1), (8, 2)], ids=str)
 def test_heads(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    assert_matches_reference(problem(dtype, heads=heads[0], kv_heads=heads[1]))
+    assert_matches_reference(problem(dtype, heads=heads[0], kv_heads=heads[1], sinks=True))
 
 
 @pytest.mark.isa

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+
 
 @dataclass
 class Instruction:
@@ -74,11 +76,25 @@ class VirtualGpu:
 def without_consequence(code: Sequence[Instruction]) -> set[int]:
     """Instructions that may be anything: whatever their mutants do, results are the same.
 
-    - Prefetches, and what only computes their addresses.
+    - Prefetches: the functions that are named so, and what only computes their addresses.
     - The choice between two ways to divide 64-bit numbers, both right: in 32 bits where both
       numbers fit, as those of all tensors that a test can have do.
     """
-    return addresses_of_prefetches(code) | ways_to_divide(code)
+    return prefetching(code) | addresses_of_prefetches(code) | ways_to_divide(code)
+
+
+def prefetching(code: Sequence[Instruction]) -> set[int]:
+    lines = set()
+    for file in ROOT.glob("csrc/cuda/**/*.cuh"):
+        inside = False
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            inside |= re.search(r"void prefetch_\w+\(", line) is not None
+            if inside:
+                lines.add(f"{file.relative_to(ROOT)}:{number}")
+            inside &= line.strip() != "}"
+    return {
+        i for i, one in enumerate(code) if lines & set(re.findall(r"csrc/[\w./]+:\d+", one.place))
+    }
 
 
 def addresses_of_prefetches(code: Sequence[Instruction]) -> set[int]:
