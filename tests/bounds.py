@@ -63,7 +63,7 @@ def bounds(p: Problem, exact: list[Tensor]) -> list[Tensor]:
 def state_bounds(p: Problem, state: State) -> list[Tensor]:
     """The same of (out, lse) that `state` and all keys give: a weight is 2 to a difference from m.
 
-    Without keys lse is a logarithm of one number: good to its last place, and rounded once.
+    For a row that sees none lse is a logarithm of one number: good to its last place, rounded once.
     """
     low, high = torch.finfo(p.q.dtype).eps, torch.finfo(state[0].dtype).eps
     groups = p.q.shape[1] // p.k.shape[1]
@@ -71,21 +71,24 @@ def state_bounds(p: Problem, state: State) -> list[Tensor]:
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     acc, m, l = (x.double() for x in state)  # noqa: E741
     out, lse = reference.finish(after(p, state))
-    if p.k.shape[2] == 0:
-        log_l = torch.log2(l.masked_fill(l == 0, 1.0)) * math.log(2)
-        return [low * out.abs() + 2 * high * out.abs(), high * (0.51 * lse.abs() + log_l)]
     size = (abs(p.scale) * (q @ k.mT) + p.softcap).masked_fill(~p.visible[:, None], 0.0)
-    row = size.amax(dim=-1, keepdim=True) + m.abs().masked_fill(l == 0, 0.0)[..., None]
+    row = torch.nn.functional.pad(size, (0, 1)).amax(dim=-1, keepdim=True)  # also without keys
+    row = row + m.abs().masked_fill(l == 0, 0.0)[..., None]
     s = reference.scores(p.q.double(), p.k.double(), p.scale, p.softcap)
     shift = lse.masked_fill(l + p.visible.any(dim=-1)[:, None] == 0, 0.0)[..., None]
     prob = torch.exp(s - shift).masked_fill(~p.visible[:, None], 0.0)
     before = torch.exp2(m - shift[..., 0] / math.log(2))[..., None] * acc.abs()
     low, exp = (2 * low, 2.8e-6) if low > high else (0.0, 0.0)
     error = (high * (8 + 4 * row) + low) * (prob @ v) + high * (8 + 4 * row) * before
+    log_l = torch.log2(l.masked_fill(l == 0, 1.0)) * math.log(2)
     last = torch.finfo(p.q.dtype).eps
     return [
         error + last * out.abs(),
-        exp + high * (8 + 2 * row[..., 0] + shift[..., 0].abs()),
+        torch.where(
+            p.visible.any(dim=-1)[:, None],
+            exp + high * (8 + 2 * row[..., 0] + shift[..., 0].abs()),
+            high * (0.51 * lse.abs() + log_l),
+        ),
     ]
 
 

@@ -106,9 +106,10 @@ def falling_gap(batch: int, q_len: int, k_len: int) -> Interval:
 
 
 def jumps(batch: int, q_len: int, k_len: int) -> Interval:
-    """A short stretch that jumps once, in each sample between two other rows: 15 and 16, ..."""
-    late = torch.arange(q_len)[None] > 15 + 32 * torch.arange(batch)[:, None]
-    return stacked((torch.where(late, 67, 0), torch.where(late, 70, 3)))
+    """A short stretch, but an earlier one for 24 rows: those before row 32, 64, ... by sample."""
+    rows = torch.arange(q_len)[None]
+    early = (rows // 32 == torch.arange(batch)[:, None]) & (rows % 32 >= 8)
+    return stacked((torch.where(early, 0, 67), torch.where(early, 3, 70)))
 
 
 GAPS = [moving_gap, rising_gap, falling_gap]

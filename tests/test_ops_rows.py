@@ -60,7 +60,7 @@ def test_keys_no_row_sees_do_not_count(mask: Any, garbage: float, dtype: torch.d
 @pytest.mark.isa
 @each_low
 def test_keys_between_any_two_rows_do_not_count(dtype: torch.dtype) -> None:
-    """Each gap lies between other rows of a tile of 128."""
+    """Each gap lies between other rows of a tile of 128, 32 of which see keys that no others do."""
     p = problem(dtype, jumps, batch=4, heads=1, kv_heads=1, q_len=128, k_len=90)
     unseen = ~p.visible.any(dim=1)
     assert unseen[:, 10:60].all()
