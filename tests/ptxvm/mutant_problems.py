@@ -75,8 +75,9 @@ def into_garbage(p: Problem, write: Callable[[Tensor, Tensor], None], odd: int =
     odd: 1 for rows of `out` that lie on no pair of elements.
     """
     out, lse = new_output(p)
-    wide = out.new_full((*out.shape[:2], out.shape[2] + 2, out.shape[3] + 16 + odd), math.nan)
-    view = wide[:, :, 1:-1, 8 - odd : -8 - 2 * odd]
+    b, h, q, d = out.shape
+    wide = out.new_full((b, h + 1, q + 2, d + 16 + odd), math.nan)
+    view = wide[:, 1:, 1:-1, 8 - odd : -8 - 2 * odd]
     write(view, lse)
     got = view.clone()
     view.fill_(math.nan)

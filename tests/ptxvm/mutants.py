@@ -44,7 +44,7 @@ class Target:
     """A kernel, by its C++ name without namespaces, and what drives it."""
 
     kernel: str  # * stands for anything
-    cases: str  # mutant_<this>.py
+    cases: str  # mutant_<these>.py
     dtype: str = "bfloat16"
     dims: tuple[int, int] = (64, 64)
     softcap: float = 0.0
@@ -84,10 +84,10 @@ TARGETS = {
     "row-stats": Target("row_stats", "backward", "float32", least=ROWS),
     "key-ranges": Target("key_ranges", "backward", least=ROWS),
     "add-parts": Target("add_parts", "backward", least=ROWS),
-    "combine": Target("combine_kernel", "row", "float32", least=ROWS),
-    "finish": Target("finish_kernel<BFloat16>", "row", least=ROWS),
-    "delta": Target("delta_kernel<BFloat16>", "row", least=ROWS),
-    "sinks": Target("sink_gradient_kernel", "row", "float32", least=ROWS),
+    "combine": Target("combine_kernel", "rows", "float32", least=ROWS),
+    "finish": Target("finish_kernel<BFloat16>", "rows", least=ROWS),
+    "delta": Target("delta_kernel<BFloat16>", "rows", least=ROWS),
+    "sinks": Target("sink_gradient_kernel", "rows", "float32", least=ROWS),
 }
 
 
