@@ -79,6 +79,12 @@ def one_row_sees(batch: int, q_len: int, k_len: int) -> Interval:
     return begin, torch.where((begin == 0) & (end == k_len), 0, end)
 
 
+def shifted(batch: int, q_len: int, k_len: int) -> Interval:
+    """A stretch that begins and ends at another place of a tile of keys in each sample."""
+    begin = (5 + 12 * torch.arange(batch)[:, None]).expand(batch, q_len)
+    return stacked((begin, begin + 75))
+
+
 def turns(batch: int, q_len: int, k_len: int) -> Interval:
     """Some rows see all keys by their first interval, the others a few by their second."""
     rows = torch.arange(q_len)[None]
