@@ -21,11 +21,13 @@ from torch import Tensor
 
 from . import trace
 from .buffers import Lease
+from .groups import register
 from .layout import Layout
 from .merged import rows_of
 from .ops import empty_output
 from .rank_plan import Plan
-from .ring import Message, Subring, Transport, register
+from .ring import Message, Transport
+from .subring import Subring
 
 _FEW_RANGES = 16
 
