@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import trace
 from .buffers import Lease
+from .events import Phase
 from .groups import register
 from .layout import Layout
 from .merged import rows_of
@@ -59,7 +60,7 @@ def ring_of(plan: Plan, transport: Transport) -> Transport:
 class _Exchange:
     """One all-to-all in a Ulysses group: a message to and from every other member."""
 
-    def __init__(self, plan: Plan, transport: Transport, phase: trace.Phase) -> None:
+    def __init__(self, plan: Plan, transport: Transport, phase: Phase) -> None:
         self._transport, self._phase = transport, phase
         self._first = transport.rank - transport.rank % plan.ulysses
         self._others = [m for m in range(plan.ulysses) if self._first + m != transport.rank]
@@ -113,7 +114,7 @@ def _views(lease: Lease, shapes: Sequence[torch.Size], like: Sequence[Tensor]) -
 
 
 def _spread(
-    plan: Plan, transport: Transport, phase: trace.Phase, layouts: Sequence[Layout], *own: Tensor
+    plan: Plan, transport: Transport, phase: Phase, layouts: Sequence[Layout], *own: Tensor
 ) -> list[Tensor]:
     """Own rows of all heads [B, H, S, ...] to all rows of own heads [B, H / degree, S', ...]."""
     degree, place = plan.ulysses, transport.rank % plan.ulysses
@@ -155,7 +156,7 @@ def _spread(
 def _gather(
     plan: Plan,
     transport: Transport,
-    phase: trace.Phase,
+    phase: Phase,
     layouts: Sequence[Layout],
     wholes: Sequence[Tensor],
     into: Sequence[Tensor],
