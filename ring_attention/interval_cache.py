@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _planner
 from .device_copy import DeviceCopy
 
-# Key intervals that a plan keeps; with more, the least recently used blocks are computed again. What
+# Key intervals that a plan keeps; with more, the least recently used are computed again. What
 # CUDA graphs read stays.
 INTERVAL_CACHE_BYTES = 64 << 20
 # An origin, a device, a range of keys.
