@@ -44,13 +44,16 @@ UNSANITIZED = --deselect 'tests/test_ops_isa.py::test_isa'
 
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
-# A build whose ISA table has the row ptx-sm80, see tests/ptxvm.
+# A build whose ISA table has the row ptx-sm80, see tests/ptxvm. Its kernels: 1 compiles PTX alone,
+# half the work of every GPU, which is what one wants after a change; build/cuda links the objects
+# of `make cuda`, which hold the PTX too, so that nvcc runs once for both.
 VM = build/ptxvm
+PTXVM ?= 1
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
 
-.PHONY: demo test check sanitize cuda vm vm-full vm-build mutants calibrate bench clean prerequisites
+.PHONY: demo test check sanitize cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -79,12 +82,14 @@ ifeq ($(NVCC),)
 cuda vm vm-full mutants calibrate:
 	@echo "make $@: skipped, there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
 else
+cuda: cuda-build
+	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
+
 # The log is added to, since only what has changed is compiled: the last word on a kernel counts.
-cuda: $(VENV)/built
+cuda-build: $(VENV)/built
 	@mkdir -p $(CUDA_BUILD)
 	RING_ATTENTION_CUDA=only $(BIN)/python setup.py --quiet build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/lib \
 	    >> $(CUDA_BUILD)/log 2>&1 || { tail -n 40 $(CUDA_BUILD)/log; exit 1; }
-	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
 
 vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
@@ -103,8 +108,9 @@ mutants: vm-build
 calibrate: $(VENV)/tools
 	$(BIN)/python tests/ptxvm/calibrate.py
 
-vm-build: $(VENV)/built
-	RING_ATTENTION_PTXVM=1 $(BIN)/python setup.py --quiet build --build-base $(VM) --build-lib $(VM)/lib
+vm-build: $(VENV)/built $(if $(filter $(CUDA_BUILD),$(PTXVM)),cuda-build)
+	RING_ATTENTION_CUDA=0 RING_ATTENTION_PTXVM=$(PTXVM) $(BIN)/python setup.py --quiet build \
+	    --build-base $(VM) --build-lib $(VM)/lib
 endif
 
 bench: $(VENV)/built
