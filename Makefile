@@ -8,7 +8,7 @@
 #   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
-#   make vm-full the same for every parameter and five seeds; hours
+#   make vm-full the same for every parameter and five seeds; hours, with -j2 half as many
 #   make mutants how many single changes of the CUDA kernels those tests notice; long
 #   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #
@@ -52,6 +52,11 @@ PTXVM ?= 1
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
+# The runs of vm-full, SEED-KIB and one with the other backward: a log each, of those that passed.
+FULL = $(VM)/full
+SEEDS ?= 1 2 3 4 5
+FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
+TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
 .PHONY: demo test check sanitize cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
@@ -95,12 +100,20 @@ vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
 	$(BIN)/python -m pytest tests/test_ptxvm.py -k form
 
-vm-full: vm-build
-	for seed in 1 2 3 4 5; do for smem in 163 99; do \
-	    $(ON_VM) RING_ATTENTION_PTXVM_SEED=$$seed RING_ATTENTION_PTXVM_SMEM=$$smem \
-	    $(VM_TESTS) --every-parameter $(ARGS) || exit 1; done; done
-	$(ON_VM) RING_ATTENTION_CUDA_BACKWARD=atomic $(VM_TESTS) --every-parameter \
-	    -k "error_is_at_most or heads or head_dim or any_problem" $(ARGS)
+# Broken off and called again, it goes on with the runs that have not passed since the last change.
+vm-full: $(FULL_LOGS)
+	@for log in $(FULL_LOGS); do \
+	    echo "$$(basename $$log .log): $$(tail -n 1 $$log | tr -d =)"; done | tee $(FULL)/summary
+
+FULL_RUN = $(ON_VM) $(FULL_SETTINGS) $(VM_TESTS) --every-parameter $(FULL_CHOICE) $(ARGS)
+$(FULL)/%.log: FULL_SETTINGS = RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*)) \
+    RING_ATTENTION_PTXVM_SMEM=$(lastword $(subst -, ,$*))
+$(FULL)/atomic.log: FULL_SETTINGS = RING_ATTENTION_CUDA_BACKWARD=atomic
+$(FULL)/atomic.log: FULL_CHOICE = -k "error_is_at_most or heads or head_dim or any_problem"
+$(FULL)/%.log: $(TESTED) | vm-build
+	@mkdir -p $(FULL)
+	$(FULL_RUN) > $@.part 2>&1 || { tail -n 40 $@.part; exit 1; }
+	@mv $@.part $@
 
 mutants: vm-build
 	$(ON_VM) $(BIN)/python tests/ptxvm/mutants.py $(ARGS)
