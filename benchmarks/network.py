@@ -57,8 +57,10 @@ import ring_attention as ra
 from links import Links, Unavailable
 from ring_attention import trace
 from ring_attention.commands.trace import report
-from ring_attention.ring import Pending, transport_of
-from ring_attention.timeline import Timeline, Writer, read
+from ring_attention.groups import transport_of
+from ring_attention.ring import Pending
+from ring_attention.timeline import Timeline
+from ring_attention.trace_files import Writer, read
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKS: dict[str, ra.Mask] = {"full": ra.Full(), "causal": ra.Causal()}
