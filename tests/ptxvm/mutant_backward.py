@@ -32,10 +32,15 @@ def backward_problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1}
     few = t.problem(dtype, masks.full, q_len=530, k_len=9, head_dim=dim, v_head_dim=v_dim, **one)
     yield "few keys", (few, (5,))
+    # Heads in parts, which lie in memory block after block.
+    shape = {"batch": 1, "heads": 4, "kv_heads": 2, "head_dim": dim, "v_head_dim": v_dim}
+    parts = t.problem(dtype, masks.causal, q_len=40, k_len=90, **shape)
+    yield "parts of blocks", (parts, (7, 16, 24, 33, 40, 48, 49))
     for narrow in range(16, min(dim, v_dim), 8):
         other = max(16, min(dim, v_dim) + 8 - narrow)
         yield f"narrow, {narrow}", (
-            t.problem(dtype, q_len=16, k_len=16, head_dim=narrow, v_head_dim=other, **one), ()
+            # More rows than a warp owns.
+            t.problem(dtype, q_len=33, k_len=35, head_dim=narrow, v_head_dim=other, **one), ()
         )  # fmt: skip
 
 
