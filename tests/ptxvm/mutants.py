@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from virtual_gpu import VirtualGpu, without_consequence
+from virtual_gpu import VirtualGpu, distances, reaches_all_lanes, without_consequence
 
 SMALL = {"RING_ATTENTION_PTXVM_SMEM": "99"}
 ATOMIC = {"RING_ATTENTION_CUDA_BACKWARD": "atomic"}
@@ -167,13 +167,15 @@ def examine(target: Target, mutants: int, seed: int, seconds: float) -> Result:
     result = Result(len(code), len(executed))
     places = Counter(one.place for i, one in enumerate(code) if i not in executed)
     result.unexecuted = [f"{count} at {place}" for place, count in places.items()]
-    worthwhile = sorted(executed - without_consequence(code))
+    worthwhile, reduces = sorted(executed - without_consequence(code)), distances(code)
     draw = random.Random(f"{seed} {target.kernel}")
     tried: set[tuple[int, str]] = set()
     while len(tried) < mutants and time.perf_counter() - start < seconds:
         i = draw.choice(worthwhile)
         mutant = gpu.mutate(i, draw.getrandbits(63))
         if not mutant or (i, mutant) in tried:
+            continue
+        if i in reduces and reaches_all_lanes(reduces[i], mutant):
             continue
         tried.add((i, mutant))
         if how := killed_by(gpu, i, cases):

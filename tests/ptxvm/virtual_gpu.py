@@ -134,3 +134,27 @@ def ways_to_divide(code: Sequence[Instruction]) -> set[int]:
         ):
             found |= {i - 1, i, i + 1, i + 2}
     return found
+
+
+def distances(code: Sequence[Instruction]) -> dict[int, int]:
+    """Where reductions over a warp set the distances of their shuffles: 16, 8, 4, 2 and 1."""
+    moves = {}
+    for i, one in enumerate(code):
+        if match := re.fullmatch(r"mov\.u32 (%r\d+), (16|8|4|2|1)", one.text):
+            moves[match[1]] = (i, int(match[2]))
+    shuffles = [one.registers[3] for one in code if one.opcode.startswith("shfl.sync.bfly")]
+    used = list(dict.fromkeys(moves[register] for register in shuffles if register in moves))
+    found = {}
+    for five in zip(*(used[start:] for start in range(5)), strict=False):
+        if [distance for _, distance in five] == [16, 8, 4, 2, 1]:
+            found.update(five)
+    return found
+
+
+def reaches_all_lanes(distance: int, mutant: str) -> bool:
+    """Whether such a reduction still sums all lanes, in another order: if the bit is still set.
+
+    Nobody having written the distance, it is -1.
+    """
+    now = -1 if mutant == "nothing" else int(mutant.split()[-1])
+    return now & distance != 0
