@@ -16,8 +16,7 @@ cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const V
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
     const auto visit = [&]<typename Elem>(Elem) {
       const bool atomic_dq = !p.deterministic && has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV);
-      const BackwardTiles tiles =
-          backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large, atomic_dq);
+      const BackwardTiles tiles = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large);
       return visitor(tiles, [&](BackwardCall call, cudaStream_t stream) {
         call.atomic_dq = atomic_dq;
         return launch_backward<Elem, Dims>(call, large, stream);

@@ -1,55 +1,58 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// From scores and dP to P and dS, in the registers where the products left them.
+// From scores and dP to P and dS, in the registers where the products left them; and what both
+// kernels read and write in global memory.
 #pragma once
 
-#include "backward_config.h"
 #include "backward_products.cuh"
+#include "backward_products_fp32.cuh"
 
 namespace ring_attention::cuda::sm80 {
 
 // P = exp2(S - lse) and dS = P (dP - delta), times the softcap's derivative 1 - tanh^2; both in
-// place. stats(j, e, h) is the RowStats of element [j][e + 2 h], visible(j, e, h) whether its query
-// sees its key. What is not visible is selected away: it may be NaN.
-template <bool kMasked, bool kSoftcap, typename Elem, int kTiles, typename Stats, typename Visible>
-RA_DEVICE void score_gradients(float (&s)[kTiles][4], float (&dp)[kTiles][4],
+// place. stats(j, e, r) is the RowStats of column 8 j + 2 t + e and row g + 8 r of the warp's,
+// visible(j, e, r) whether the one's query sees the other's key. What is not visible is selected
+// away: it may be NaN.
+template <bool kMasked, bool kSoftcap, typename Elem, int kBands, int kTiles, typename Stats,
+          typename Visible>
+RA_DEVICE void score_gradients(float (&s)[kBands][kTiles][4], float (&dp)[kBands][kTiles][4],
                                const ScoreScale& scale, const Stats& stats,
                                const Visible& visible) {
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const RowStats row = stats(j, i % 2, i / 2);
-      float score, slope = 1.0f;
-      if constexpr (kSoftcap) {
-        const float t = ScoreScale::tanh(s[j][i] * scale.slope);
-        score = __fmul_rn(scale.height, t);  // rounded as ScoreScale::apply rounds
-        slope = 1.0f - t * t;
-      } else {
-        score = scale.apply<false>(s[j][i]);
-      }
-      score -= row.lse;
-      // fp32 is accurate enough to notice the rounding of lse to log2 units.
-      if constexpr (std::is_same_v<Elem, Float32>) score -= row.lse_low;
-      // P <= 1, however far the rounding of a huge score carries it. NaN stays NaN.
-      const float p = exp2_approx(score > 0.0f ? 0.0f : score);
-      const float ds = p * (dp[j][i] - row.delta) * slope;
-      const bool keep = !kMasked || visible(j, i % 2, i / 2);
-      s[j][i] = keep ? p : 0.0f;
-      dp[j][i] = keep ? ds : 0.0f;
+  for (int i = 0; i < kTiles * kBands * 4; ++i) {
+    const int j = i / (kBands * 4), band = i / 4 % kBands, e = i / 2 % 2, h = i % 2;
+    const RowStats row = stats(j, e, 2 * band + h);
+    float& x = s[band][j][e + 2 * h];
+    float& y = dp[band][j][e + 2 * h];
+    float score, slope = 1.0f;
+    if constexpr (kSoftcap) {
+      const float t = ScoreScale::tanh(x * scale.slope);
+      score = __fmul_rn(scale.height, t);  // rounded as ScoreScale::apply rounds
+      slope = 1.0f - t * t;
+    } else {
+      score = scale.apply<false>(x);
     }
+    score -= row.lse;
+    // fp32 is accurate enough to notice the rounding of lse to log2 units.
+    if constexpr (std::is_same_v<Elem, Float32>) score -= row.lse_low;
+    // P <= 1, however far the rounding of a huge score carries it. NaN stays NaN.
+    const float p = exp2_approx(min_or_nan(score, 0.0f));
+    const float ds = p * (y - row.delta) * slope;
+    const bool keep = !kMasked || visible(j, e, 2 * band + h);
+    x = keep ? p : 0.0f;
+    y = keep ? ds : 0.0f;
   }
 }
 
 // The same, as the call and the tile have it at run time.
-template <typename Elem, int kTiles, typename Stats, typename Visible>
-RA_DEVICE void score_gradients(float (&s)[kTiles][4], float (&dp)[kTiles][4],
+template <typename Elem, int kBands, int kTiles, typename Stats, typename Visible>
+RA_DEVICE void score_gradients(float (&s)[kBands][kTiles][4], float (&dp)[kBands][kTiles][4],
                                const BackwardCall& call, bool masked, const Stats& stats,
                                const Visible& visible) {
   if (call.softcap) {
     // One copy of the code: next to two products the mask costs little.
     score_gradients<true, true, Elem>(
-        s, dp, call.score, stats, [&](int j, int e, int h) { return !masked || visible(j, e, h); });
+        s, dp, call.score, stats, [&](int j, int e, int r) { return !masked || visible(j, e, r); });
   } else if (masked) {
     score_gradients<true, false, Elem>(s, dp, call.score, stats, visible);
   } else {
@@ -57,13 +60,17 @@ RA_DEVICE void score_gradients(float (&s)[kTiles][4], float (&dp)[kTiles][4],
   }
 }
 
+// A row of floats lies in shared memory like one of twice as many 16-bit elements.
+template <typename Elem, int kDim>
+constexpr int kRowUnits = kDim * static_cast<int>(sizeof(Elem)) / 2;
+
 // Copies of rows [row, row + kRows) of one head into a tile; those outside [begin, end) as zeros.
 template <typename Plan>
 struct Rows {
   using Elem = typename Plan::Element;
-  using Wide = TileCopy<kColumns<Elem, Plan::kDim>, Plan::kThreads>;
-  using VWide = TileCopy<kColumns<Elem, Plan::kVDim>, Plan::kThreads>;
-  static constexpr int kUnits = kColumns<Elem, 2> / 2;  // columns of a tile per element
+  using Wide = TileCopy<kRowUnits<Elem, Plan::kDim>, Plan::kThreads>;
+  using VWide = TileCopy<kRowUnits<Elem, Plan::kVDim>, Plan::kThreads>;
+  static constexpr int kUnits = kRowUnits<Elem, 1>;  // columns of a tile per element
 
   static RA_DEVICE const char* of_head(const void* data, const Strides& bytes, int64_t sample,
                                        int head) {
@@ -88,24 +95,25 @@ struct Rows {
   }
 };
 
-// Adds a warp's sums, times `factor`, to rows [row, row + 16) of `to` [rows, dim]: or writes them,
-// where `to` is a part of its own.
-template <int kTiles>
-RA_DEVICE void write_sums(const float (&sum)[kTiles][4], float factor, float* to, int row, int rows,
-                          int dim, bool add) {
+// Adds a warp's sums, times `factor`, to the rows from `row` on of `to` [rows, dim]: or writes
+// them, where `to` is a part of its own.
+template <typename Plan, int kBands, int kTiles>
+RA_DEVICE void write_sums(const float (&sum)[kBands][kTiles][4], const WarpPlace<Plan>& at,
+                          float factor, float* to, int row, int rows, int dim, bool add) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + lane / 4 + 8 * h;
-    if (r >= rows) continue;
-    float* at = to + static_cast<int64_t>(r) * dim + lane % 4 * 2;
+  for (int r = 0; r < 2 * kBands; ++r) {
+    const int here = row + at.row + lane / 4 + 8 * r;
+    if (here >= rows) continue;
+    float* of_row = to + static_cast<int64_t>(here) * dim + lane % 4 * 2;
 #pragma unroll
-    for (int d = 0; d < kTiles; ++d) {
-      if (8 * d >= dim) break;
-      const float2 x = make_float2(sum[d][2 * h] * factor, sum[d][2 * h + 1] * factor);
-      auto* pair = reinterpret_cast<float2*>(at + 8 * d);
+    for (int j = 0; j < kTiles; ++j) {
+      const int column = 16 * (j / 2 * Plan::kSides + at.side) + 8 * (j % 2);
+      if (column >= dim) break;
+      const float* x = sum[r / 2][j] + r % 2 * 2;
+      auto* pair = reinterpret_cast<float2*>(of_row + column);
       const float2 old = add ? *pair : make_float2(0.0f, 0.0f);
-      *pair = make_float2(old.x + x.x, old.y + x.y);
+      *pair = make_float2(old.x + x[0] * factor, old.y + x[1] * factor);
     }
   }
 }

@@ -5,23 +5,21 @@
 //   load K, V (they stay)
 //   for each interval, tile of query rows that sees some of the keys, head of the group:
 //     load Q, dO, what is known of each row, of the next one while this one is worked on
-//     S^T = K Q^T;  dP^T = V dO^T
+//     S^T = K Q^T;  dP^T = V dO^T                   of a warp's keys and its part of the rows
 //     P = exp2(S - lse);  dS = P (dP - delta);  mask, only where some row does not see some key
-//     dV += P^T dO;  dK += dS^T Q
-//     on request: dQ += dS K, by atomics
+//     P, dS to shared memory; all warps wait for one another
+//     dV += P^T dO;  dK += dS^T Q                   of a warp's keys and its part of the columns
+//     on request: dQ += dS K, by atomics            a piece to a warp
 //   dK, dV are added to the gradients
 //
-// Shared memory: K, V; two stages of Q, dO, lse, delta and intervals; dS, only for dQ.
-// Registers: dK and dV, S and dP of a warp's 16 keys. Where these are too many, see
-// keys_in_two_passes(), a launch sums only one of dK and dV.
+// Shared memory: K, V; two stages of Q, dO, lse, delta and intervals; P, dS. Registers: dK and dV,
+// S and dP of a warp; K and V, where they fit. Where these are too many, see keys_in_two_passes(),
+// a launch sums only one of dK and dV.
 #pragma once
 
 #include "backward_dq.cuh"
 
 namespace ring_attention::cuda::sm80 {
-
-// What a launch of the keys kernel sums.
-constexpr int kSumDk = 1, kSumDv = 2, kSumDq = 4;
 
 // A tile of keys of one K/V head; a part of what sees them.
 struct KeysTile {
@@ -124,9 +122,10 @@ RA_DEVICE void load_queries(const BackwardCall& call, const KeysTile& keys,
 }
 
 // To the gradients, or to this part's own: first all blocks' dK, one after another, then dV.
-template <int kSums, int kDim8, int kVDim8>
-RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, int first_row,
-                          const float (&dk)[kDim8][4], const float (&dv)[kVDim8][4]) {
+template <typename Plan, int kSums, int kBands, int kDkTiles, int kDvTiles>
+RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, const WarpPlace<Plan>& at,
+                          const float (&dk)[kBands][kDkTiles][4],
+                          const float (&dv)[kBands][kDvTiles][4]) {
   const KVBlock& block = call.blocks.block[tile.block];
   const int k_len = static_cast<int>(block.k_len);
   const int64_t row = (tile.sample * call.kv_heads + tile.kv_head) * block.k_len;
@@ -139,134 +138,119 @@ RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, int fi
   float* part = call.partial + tile.part * all * (call.head_dim + call.v_head_dim);
   if constexpr ((kSums & kSumDk) != 0) {
     float* to = add ? static_cast<float*>(block.dk) : part + before * call.head_dim;
-    write_sums(dk, call.scale, to + row * call.head_dim, tile.key + first_row, k_len, call.head_dim,
-               add);
+    write_sums(dk, at, call.scale, to + row * call.head_dim, tile.key, k_len, call.head_dim, add);
   }
   if constexpr ((kSums & kSumDv) != 0) {
     float* to =
         add ? static_cast<float*>(block.dv) : part + all * call.head_dim + before * call.v_head_dim;
-    write_sums(dv, 1.0f, to + row * call.v_head_dim, tile.key + first_row, k_len, call.v_head_dim,
-               add);
+    write_sums(dv, at, 1.0f, to + row * call.v_head_dim, tile.key, k_len, call.v_head_dim, add);
   }
 }
 
-// Leaves dS^T in shared memory, and which keys it is zero for.
-template <typename Elem, int kStream, int kTiles>
-RA_DEVICE void store_score_gradients(const float (&ds)[kTiles][4], int first_row, uint32_t to,
-                                     uint16_t* used) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first_row + lane / 4 + 8 * h;
-    int any = 0;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const float low = ds[j][2 * h], high = ds[j][2 * h + 1];
-      store_shared(to + TileLayout<kStream>::offset(row, j) + lane % 4 * 4, Elem::pack(low, high));
-      any |= low != 0.0f || high != 0.0f;
-    }
-    any |= __shfl_xor_sync(kAllLanes, any, 1);
-    any |= __shfl_xor_sync(kAllLanes, any, 2);
-    if (lane % 4 == 0) used[row] = any ? 0xffff : 0;
-  }
-}
-
-// dQ += dS K over all keys of the block's tile, in pieces of 16 rows x 16 columns per warp. Garbage
-// in keys that none of these rows sees is sieved out: 0 NaN = NaN.
+// How dQ of a passing tile, kStream x kDim, is cut into pieces: one for a warp at most.
 template <typename Plan>
+struct DqPieces {
+  static constexpr int kWarps = Plan::kThreads / 32;
+  static constexpr int kUnits = (Plan::kStream / 16) * (Plan::kDim / 16);  // 16 x 16
+  static constexpr int kOfPiece = static_cast<int>(divide_up(kUnits, kWarps));
+  static constexpr int kBands = kOfPiece % 2 == 0 && Plan::kStream % 32 == 0 ? 2 : 1;
+  static constexpr int kTiles = kOfPiece / kBands * 2;  // of 8 columns
+  static constexpr int kDown = Plan::kStream / (16 * kBands), kAcross = Plan::kDim / (8 * kTiles);
+  static_assert(kDown * kAcross <= kWarps && 8 * kTiles * kAcross == Plan::kDim);
+};
+
+// dQ += dS K over all keys of the block's tile.
+template <typename Plan, bool kSieve>
 RA_DEVICE void add_dq(const BackwardCall& call, const KeysTile& tile, int head, int first_query,
-                      uint32_t ds, uint32_t k, const uint16_t* used) {
-  using Elem = typename Plan::Element;
-  constexpr int kBands = Plan::kStream / 16, kPieces = kBands * (Plan::kDim / 16);
-  const int lane = threadIdx.x % 32;
-  const uint32_t rows_lane =
-      ds + TileLayout<Plan::kStream>::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  const ColumnOperand<Plan::kDim> columns_of(k);
-#pragma unroll 1
-  for (int piece = threadIdx.x / 32; piece < kPieces; piece += Plan::kTiles.warps) {
-    const int band = piece % kBands * 16, column = piece / kBands * 16;
-    float sum[2][4] = {};
+                      uint32_t ds, uint32_t k) {
+  using Pieces = DqPieces<Plan>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int across = warp % Pieces::kAcross, row = warp / Pieces::kAcross * 16 * Pieces::kBands;
+  if (row >= Plan::kStream) return;
+  float sum[Pieces::kBands][Pieces::kTiles][4] = {};
+  accumulate<typename Plan::Element, Plan::kDim, Plan::kRows, Pieces::kAcross, kSieve>(
+      sum, WeightColumns<Plan>(ds, row), k, across);
+  const int64_t of_head = (tile.sample * call.heads + head) * call.q_len;
 #pragma unroll
-    for (int key = 0; key < Plan::kRows; key += 16) {
-      uint32_t rows[4], columns[4];
-      ldmatrix_x4_trans(rows, TileLayout<Plan::kStream>::advance(rows_lane, band / 8) +
-                                  key * TileLayout<Plan::kStream>::kRowBytes);
-      columns_of.load(columns, key, column);
-      const auto* pairs = reinterpret_cast<const uint32_t*>(used + key) + lane % 4;
+  for (int r = 0; r < 2 * Pieces::kBands; ++r) {
+    const int query = first_query + row + lane / 4 + 8 * r;
+    if (query >= call.q_len) continue;
+    float* to = call.dq + (of_head + query) * call.head_dim + lane % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) columns[i] &= pairs[i % 2 * 4];
-      Elem::mma(sum[0], rows, columns[0], columns[1]);
-      Elem::mma(sum[1], rows, columns[2], columns[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int query = first_query + band + lane / 4 + i / 2 % 2 * 8;
-      const int d = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (query >= call.q_len || d >= call.head_dim) continue;
-      const int64_t row = (tile.sample * call.heads + head) * call.q_len + query;
-      atomicAdd(call.dq + row * call.head_dim + d, sum[i / 4][i % 4] * call.scale);
+    for (int j = 0; j < Pieces::kTiles; ++j) {
+      const int column = 16 * (j / 2 * Pieces::kAcross + across) + 8 * (j % 2);
+      if (column >= call.head_dim) break;
+      const float* x = sum[r / 2][j] + r % 2 * 2;
+      atomicAdd(to + column, x[0] * call.scale);
+      atomicAdd(to + column + 1, x[1] * call.scale);
     }
   }
 }
 
 template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
-using KeysPlan = BackwardPlan<Elem, Dims, kLargeSmem, (kSums & kSumDq) != 0>;
-
-template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
-__global__ void __launch_bounds__(KeysPlan<Elem, Dims, kLargeSmem, kSums>::kThreads)
+__global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSums>::kThreads)
     backward_keys(const __grid_constant__ BackwardCall call) {
-  using Plan = KeysPlan<Elem, Dims, kLargeSmem, kSums>;
+  using Plan = BackwardPlan<Elem, Dims, kLargeSmem, kSums>;
   constexpr int kDim = Dims::kQk, kVDim = Dims::kV;
   extern __shared__ __align__(128) unsigned char memory[];
-  const uint32_t base = shared_address(memory), k = base + Plan::kKeep, v = base + Plan::kVKeep;
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+  const uint32_t base = shared_address(memory);
+  const WarpPlace<Plan> at;
   const KeysTile tile(call, Plan::kRows);
   QueryWalk<Plan::kRows> walk;
   bool more = walk.next(call, tile);
   if (!more && call.head_parts * call.row_parts == 1) return;
-  float dk[kDim / 8][4] = {}, dv[kVDim / 8][4] = {};
+  float dk[Plan::kBands][Plan::template kSumTiles<kDim>][4] = {};
+  float dv[Plan::kBands][Plan::template kSumTiles<kVDim>][4] = {};
+  KeptRows<Plan, kDim> k(base + Plan::kKeep, at.row);
+  KeptRows<Plan, kVDim> v(base + Plan::kVKeep, at.row);
+  const WeightTile<Plan> p_tile{base + Plan::kP}, ds_tile{base + Plan::kDs};
   if (more) {
     const KVBlock& block = call.blocks.block[tile.block];
-    Rows<Plan>::template load_keys<Plan::kRows>(call, block, tile.sample, tile.kv_head, tile.key, 0,
-                                                static_cast<int>(block.k_len), k, v);
+    Rows<Plan>::template load_keys<Plan::kRows>(
+        call, block, tile.sample, tile.kv_head, tile.key, 0, static_cast<int>(block.k_len),
+        base + Plan::kKeep, base + Plan::kVKeep);
     load_queries<Plan>(call, tile, walk, base, 0);
   }
   cp_async_commit();
-  const int key = tile.key + first_row + lane / 4;  // and key + 8
+  cp_async_wait<0>();
+  __syncthreads();
+  k.keep(), v.keep();
+  const int lane = threadIdx.x % 32, key = tile.key + at.row + lane / 4;
 
   for (int stage = 0; more; stage ^= 1) {
-    const bool masked = walk.masked();
-    const int head = walk.head, first_query = walk.tile * Plan::kStream;
-    more = walk.next(call, tile);
-    if (more) load_queries<Plan>(call, tile, walk, base, stage ^ 1);
-    cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
     const uint32_t q = base + Plan::kStages + stage * Plan::kStageBytes, dout = q + Plan::kVStage;
-    const int column = stage * Plan::kStream + lane % 4 * 2;
+    const int side = at.side * 8 * Plan::kScoreTiles;
+    const int column = stage * Plan::kStream + side + lane % 4 * 2;
     const RowStats* stats = reinterpret_cast<RowStats*>(memory + Plan::kStats) + column;
     const KeyInterval* seen = reinterpret_cast<KeyInterval*>(memory + Plan::kIntervals) + column;
-    float p[Plan::kStream / 8][4], ds[Plan::kStream / 8][4] = {};
-    multiply<Elem, kDim>(p, k, first_row, q);
-    if constexpr ((kSums & kSumDk) != 0) multiply<Elem, kVDim>(ds, v, first_row, dout);
+    const bool masked = walk.masked();
+    [[maybe_unused]] const int head = walk.head, first_query = walk.tile * Plan::kStream;
+    more = walk.next(call, tile);
+    cp_async_wait<0>();
+    __syncthreads();  // Q and dO are there, and the last ones and their weights not needed any more
+    if (more) load_queries<Plan>(call, tile, walk, base, stage ^ 1);
+    cp_async_commit();
+    float p[Plan::kBands][Plan::kScoreTiles][4], ds[Plan::kBands][Plan::kScoreTiles][4] = {};
+    multiply(p, k, q, side);
+    if constexpr (Plan::kWantsDs) multiply(ds, v, dout, side);
     score_gradients<Elem>(
         p, ds, call, masked, [&](int j, int e, int) { return stats[8 * j + e]; },
-        [&](int j, int e, int h) {
-          const KeyInterval interval = seen[8 * j + e];
-          return interval.begin <= key + 8 * h && key + 8 * h < interval.end;
-        });
-    if constexpr ((kSums & kSumDv) != 0) accumulate<Elem, kVDim, false>(dv, p, dout);
-    if constexpr ((kSums & kSumDk) != 0) accumulate<Elem, kDim, false>(dk, ds, q);
-    if constexpr ((kSums & kSumDq) != 0) {
-      auto* used = reinterpret_cast<uint16_t*>(memory + Plan::kUsedKeys);
-      const uint32_t gradients = base + Plan::kScoreGradients;
-      store_score_gradients<Elem, Plan::kStream>(ds, first_row, gradients, used);
-      __syncthreads();
-      add_dq<Plan>(call, tile, head, first_query, gradients, k, used);
-    }
+        [&](int j, int e, int r) { return seen[8 * j + e].has(key + 8 * r); });
+    if constexpr (Plan::kWantsP) p_tile.store(p, at);
+    if constexpr (Plan::kWantsDs) ds_tile.store(ds, at);
     __syncthreads();
+    if constexpr ((kSums & kSumDv) != 0) accumulate<kVDim, false>(dv, p_tile, at, dout);
+    if constexpr ((kSums & kSumDk) != 0) accumulate<kDim, false>(dk, ds_tile, at, q);
+    if constexpr ((kSums & kSumDq) != 0) {
+      const uint32_t keys = base + Plan::kKeep;
+      if (masked) {
+        add_dq<Plan, true>(call, tile, head, first_query, ds_tile.tile, keys);
+      } else {
+        add_dq<Plan, false>(call, tile, head, first_query, ds_tile.tile, keys);
+      }
+    }
   }
-  write_keys<kSums>(call, tile, first_row, dk, dv);
+  write_keys<Plan, kSums>(call, tile, at, dk, dv);
 }
 
 }  // namespace ring_attention::cuda::sm80
