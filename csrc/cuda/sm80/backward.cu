@@ -127,7 +127,9 @@ struct Launch {
     }
     set_parts(call, tiles);
     const int64_t rows = call.batch * call.padded, runs = call.first_run[call.blocks.count];
-    place(call.stats, rows * call.heads, workspace);
+    place(call.row_lse, rows * call.heads, workspace);
+    place(call.row_lse_low, rows * call.heads, workspace);
+    place(call.minus_delta, rows * call.heads, workspace);
     place(call.intervals, rows * runs, workspace);
     place(call.ranges, call.batch * runs * call.tiles(), workspace);
     place(call.groups, call.batch * runs * call.tile_groups(), workspace);

@@ -77,12 +77,6 @@ constexpr bool same_tiles(int element_bytes, int dim, int v_dim) {
          backward_tiles(element_bytes, dim, v_dim, false);
 }
 
-// What a row's P and dS are formed with. lse in log2 units, in two parts; +inf for a row that saw
-// nothing, so that its P is 0.
-struct __align__(16) RowStats {
-  float lse, delta, lse_low, unused;
-};
-
 // What a run of query rows sees of an interval: some row the keys [begin, end), all rows the keys
 // [full_begin, full_end).
 struct __align__(16) RowsRange {
@@ -115,7 +109,9 @@ struct BackwardCall {
   const float *lse, *delta;
 
   // Written by the kernels of backward_rows.cu, read by the others.
-  RowStats* stats;         // [batch, heads, padded]
+  // [batch, heads, padded]. lse in log2 units, in two parts, +inf for a row that saw nothing, so
+  // that its P is 0; and what the sums of dP begin with.
+  float *row_lse, *row_lse_low, *minus_delta;
   KeyInterval* intervals;  // [runs, batch, padded]
   RowsRange* ranges;       // [runs, batch, tiles()], of `stream` rows each
   RowsRange* groups;       // [runs, batch, tile_groups()], of 32 tiles each
@@ -129,17 +125,23 @@ struct BackwardCall {
   __host__ __device__ int tiles() const { return padded / stream; }
   __host__ __device__ int tile_groups() const { return (tiles() + 31) / 32; }
 
-  RA_DEVICE const RowsRange* ranges_of(int run, int64_t sample) const {
-    return ranges + (run * batch + sample) * tiles();
+  RA_DEVICE const RowsRange* ranges_of(int run, int sample) const {
+    return ranges + first(run, sample, tiles());
   }
-  RA_DEVICE const RowsRange* groups_of(int run, int64_t sample) const {
-    return groups + (run * batch + sample) * tile_groups();
+  RA_DEVICE const RowsRange* groups_of(int run, int sample) const {
+    return groups + first(run, sample, tile_groups());
   }
-  RA_DEVICE const KeyInterval* intervals_of(int run, int64_t sample) const {
-    return intervals + (run * batch + sample) * padded;
+  RA_DEVICE const KeyInterval* intervals_of(int run, int sample) const {
+    return intervals + first(run, sample, padded);
   }
-  RA_DEVICE const RowStats* stats_of(int64_t sample, int head) const {
-    return stats + (sample * heads + head) * padded;
+  // Of a head's rows in the arrays by rows.
+  RA_DEVICE int64_t first_row(int sample, int head) const {
+    return static_cast<int64_t>(sample * heads + head) * padded;
+  }
+
+ private:
+  RA_DEVICE int64_t first(int run, int sample, int count) const {
+    return static_cast<int64_t>(run * static_cast<int>(batch) + sample) * count;
   }
 };
 
@@ -177,9 +179,11 @@ struct BackwardPlan {
   static constexpr int kP = kStages + 2 * kStageBytes;
   static constexpr int kDs = kP + (kWantsP ? kWeightBytes : 0);
   // The keys kernel: what the queries of each stage need besides.
-  static constexpr int kStats = kDs + (kWantsDs ? kWeightBytes : 0);
-  static constexpr int kIntervals = kStats + (kKeys ? 2 * kStream * sizeof(RowStats) : 0);
-  static constexpr int kSmemBytes = kIntervals + (kKeys ? 2 * kStream * sizeof(KeyInterval) : 0);
+  static constexpr int kQueries = kDs + (kWantsDs ? kWeightBytes : 0);
+  static constexpr int kLse = 0, kMinusDelta = kStream * 4, kIntervals = kStream * 8;  // of a stage
+  static constexpr int kLseLow = kStream * 16;
+  static constexpr int kQueryBytes = kStream * (sizeof(Elem) == 4 ? 20 : 16);
+  static constexpr int kSmemBytes = kQueries + (kKeys ? 2 * kQueryBytes : 0);
   static_assert(kSmemBytes <= (kLargeSmem ? kLargeSmemBytes : kSmallSmemBytes));
 };
 

@@ -21,8 +21,7 @@ namespace ring_attention::cuda::sm80 {
 
 // A tile of query rows of one head; later rows first: causal ones are the heavier the later.
 struct DqTile {
-  int64_t sample;
-  int head, kv_head, row, part;
+  int sample, head, kv_head, row, part;
 
   RA_DEVICE DqTile(const BackwardCall& call, int tile_rows) {
     const int tiles = static_cast<int>(divide_up(call.q_len, tile_rows));
@@ -30,7 +29,7 @@ struct DqTile {
     row = (tiles - 1 - static_cast<int>(index % tiles)) * tile_rows, index /= tiles;
     part = static_cast<int>(index % call.dq_parts), index /= call.dq_parts;
     head = static_cast<int>(index % call.heads);
-    sample = index / call.heads;
+    sample = static_cast<int>(index / call.heads);
     kv_head = head / (call.heads / call.kv_heads);
   }
 };
@@ -79,7 +78,7 @@ RA_DEVICE void load_keys(const BackwardCall& call, const DqTile& tile,
                                                 walk.range.end, stage, stage + Plan::kVStage);
 }
 
-// What is known of a warp's rows, each lane's own.
+// Of a warp's rows those that a lane has.
 template <int kLaneRows, typename T>
 RA_DEVICE void load_rows(T (&to)[kLaneRows], const T* from) {
 #pragma unroll
@@ -109,8 +108,11 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
   }
   cp_async_commit();
   const int lane = threadIdx.x % 32, row = tile.row + at.row + lane / 4;
-  RowStats stats[kLaneRows];
-  load_rows(stats, call.stats_of(tile.sample, tile.head) + row);
+  const int64_t at_row = call.first_row(tile.sample, tile.head) + row;
+  float lse[kLaneRows], lse_low[kLaneRows] = {}, minus_delta[kLaneRows];
+  load_rows(lse, call.row_lse + at_row);
+  load_rows(minus_delta, call.minus_delta + at_row);
+  if constexpr (std::is_same_v<Elem, Float32>) load_rows(lse_low, call.row_lse_low + at_row);
   cp_async_wait<0>();
   __syncthreads();
   q.keep(), dout.keep();
@@ -127,10 +129,10 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
     if (more) load_keys<Plan>(call, tile, walk, base + Plan::kStages + (stage ^ 1) * Plan::kStageBytes);
     cp_async_commit();
     float s[Plan::kBands][Plan::kScoreTiles][4], ds[Plan::kBands][Plan::kScoreTiles][4];
-    multiply(s, q, k, side);
-    multiply(ds, dout, v, side);
+    multiply(s, q, k, side, [](int, int, int) { return 0.0f; });
+    multiply(ds, dout, v, side, [&](int, int, int r) { return minus_delta[r]; });
     score_gradients<Elem>(
-        s, ds, call, masked, [&](int, int, int r) { return stats[r]; },
+        s, ds, call, masked, [&](int, int, int r) { return RowLse{lse[r], lse_low[r]}; },
         [&](int j, int e, int r) { return seen[r].has(key + 8 * j + e); });
     weights.store(ds, at);
     __syncthreads();
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
       accumulate<kDim, false>(dq, weights, at, k);
     }
   }
-  const int64_t rows = (tile.sample * call.heads + tile.head) * call.q_len;
+  const int64_t rows = static_cast<int64_t>(tile.sample * call.heads + tile.head) * call.q_len;
   const int64_t part = tile.part * call.batch * call.heads * call.q_len;
   float* to = call.dq_parts > 1 ? call.partial + (part + rows) * call.head_dim
                                 : call.dq + rows * call.head_dim;

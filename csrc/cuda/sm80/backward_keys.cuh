@@ -23,8 +23,7 @@ namespace ring_attention::cuda::sm80 {
 
 // A tile of keys of one K/V head; a part of what sees them.
 struct KeysTile {
-  int64_t sample;
-  int kv_head, block = 0, key, part;
+  int sample, kv_head, block = 0, key, part;
   int head_begin, head_end, row_part;
 
   RA_DEVICE KeysTile(const BackwardCall& call, int tile_rows) {
@@ -41,7 +40,7 @@ struct KeysTile {
     const int parts = call.head_parts * call.row_parts, group = call.heads / call.kv_heads;
     part = static_cast<int>(index % parts), index /= parts;
     kv_head = static_cast<int>(index % call.kv_heads);
-    sample = index / call.kv_heads;
+    sample = static_cast<int>(index / call.kv_heads);
     const int head_part = part / call.row_parts;
     row_part = part % call.row_parts;
     head_begin = kv_head * group + group * head_part / call.head_parts;
@@ -108,16 +107,19 @@ RA_DEVICE void load_queries(const BackwardCall& call, const KeysTile& keys,
   const uint32_t q = shared + Plan::kStages + stage * Plan::kStageBytes;
   Rows<Plan>::template load_queries<Plan::kStream>(call, keys.sample, walk.head, row, q,
                                                    q + Plan::kVStage);
-  constexpr int kPairs = Plan::kStream / 2;
-  if (threadIdx.x < Plan::kStream) {
-    const int i = threadIdx.x;
-    cp_async_16(shared + Plan::kStats + (stage * Plan::kStream + i) * 16,
-                call.stats_of(keys.sample, walk.head) + row + i, 16);
+  // Copies of 16 bytes, a thread each.
+  const uint32_t to = shared + Plan::kQueries + stage * Plan::kQueryBytes + threadIdx.x * 16;
+  if (threadIdx.x < Plan::kStream / 4) {
+    const int64_t at = call.first_row(keys.sample, walk.head) + row + 4 * threadIdx.x;
+    cp_async_16(to + Plan::kLse, call.row_lse + at, 16);
+    cp_async_16(to + Plan::kMinusDelta, call.minus_delta + at, 16);
+    if constexpr (std::is_same_v<typename Plan::Element, Float32>) {
+      cp_async_16(to + Plan::kLseLow, call.row_lse_low + at, 16);
+    }
   }
-  if (threadIdx.x < kPairs) {
-    const int i = threadIdx.x;
-    cp_async_16(shared + Plan::kIntervals + (stage * kPairs + i) * 16,
-                call.intervals_of(walk.run(call, keys), keys.sample) + row + 2 * i, 16);
+  if (threadIdx.x < Plan::kStream / 2) {
+    const KeyInterval* of_run = call.intervals_of(walk.run(call, keys), keys.sample);
+    cp_async_16(to + Plan::kIntervals, of_run + row + 2 * threadIdx.x, 16);
   }
 }
 
@@ -128,7 +130,7 @@ RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, const 
                           const float (&dv)[kBands][kDvTiles][4]) {
   const KVBlock& block = call.blocks.block[tile.block];
   const int k_len = static_cast<int>(block.k_len);
-  const int64_t row = (tile.sample * call.kv_heads + tile.kv_head) * block.k_len;
+  const int64_t row = (static_cast<int64_t>(tile.sample) * call.kv_heads + tile.kv_head) * k_len;
   const bool add = call.head_parts * call.row_parts == 1;
   int64_t before = 0, all = 0;
   for (int i = 0; i < call.blocks.count; ++i) {
@@ -170,7 +172,7 @@ RA_DEVICE void add_dq(const BackwardCall& call, const KeysTile& tile, int head, 
   float sum[Pieces::kBands][Pieces::kTiles][4] = {};
   accumulate<typename Plan::Element, Plan::kDim, Plan::kRows, Pieces::kAcross, kSieve>(
       sum, WeightColumns<Plan>(ds, row), k, across);
-  const int64_t of_head = (tile.sample * call.heads + head) * call.q_len;
+  const int64_t of_head = static_cast<int64_t>(tile.sample * call.heads + head) * call.q_len;
 #pragma unroll
   for (int r = 0; r < 2 * Pieces::kBands; ++r) {
     const int query = first_query + row + lane / 4 + 8 * r;
@@ -220,9 +222,12 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSums>::k
   for (int stage = 0; more; stage ^= 1) {
     const uint32_t q = base + Plan::kStages + stage * Plan::kStageBytes, dout = q + Plan::kVStage;
     const int side = at.side * 8 * Plan::kScoreTiles;
-    const int column = stage * Plan::kStream + side + lane % 4 * 2;
-    const RowStats* stats = reinterpret_cast<RowStats*>(memory + Plan::kStats) + column;
-    const KeyInterval* seen = reinterpret_cast<KeyInterval*>(memory + Plan::kIntervals) + column;
+    const unsigned char* queries = memory + Plan::kQueries + stage * Plan::kQueryBytes;
+    const int column = side + lane % 4 * 2;
+    const auto* lse = reinterpret_cast<const float*>(queries + Plan::kLse) + column;
+    const auto* lse_low = reinterpret_cast<const float*>(queries + Plan::kLseLow) + column;
+    const auto* minus_delta = reinterpret_cast<const float*>(queries + Plan::kMinusDelta) + column;
+    const auto* seen = reinterpret_cast<const KeyInterval*>(queries + Plan::kIntervals) + column;
     const bool masked = walk.masked();
     [[maybe_unused]] const int head = walk.head, first_query = walk.tile * Plan::kStream;
     more = walk.next(call, tile);
@@ -231,10 +236,16 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSums>::k
     if (more) load_queries<Plan>(call, tile, walk, base, stage ^ 1);
     cp_async_commit();
     float p[Plan::kBands][Plan::kScoreTiles][4], ds[Plan::kBands][Plan::kScoreTiles][4] = {};
-    multiply(p, k, q, side);
-    if constexpr (Plan::kWantsDs) multiply(ds, v, dout, side);
+    multiply(p, k, q, side, [](int, int, int) { return 0.0f; });
+    if constexpr (Plan::kWantsDs) {
+      multiply(ds, v, dout, side, [&](int j, int e, int) { return minus_delta[8 * j + e]; });
+    }
     score_gradients<Elem>(
-        p, ds, call, masked, [&](int j, int e, int) { return stats[8 * j + e]; },
+        p, ds, call, masked,
+        [&](int j, int e, int) {
+          const bool low = std::is_same_v<Elem, Float32>;
+          return RowLse{lse[8 * j + e], low ? lse_low[8 * j + e] : 0.0f};
+        },
         [&](int j, int e, int r) { return seen[8 * j + e].has(key + 8 * r); });
     if constexpr (Plan::kWantsP) p_tile.store(p, at);
     if constexpr (Plan::kWantsDs) ds_tile.store(ds, at);

@@ -43,16 +43,23 @@ class KeptRows {
   uint32_t registers_[Plan::kInRegisters ? kDim / 16 : 1][Plan::kBands][4];
 };
 
-// sum = A B^T, B eight rows per tile of the sum, from b_row on, of a tile that passes by.
-template <typename Plan, int kDim, typename Elem, int kBands, int kTiles>
-RA_DEVICE void multiply(float (&sum)[kBands][kTiles][4], const KeptRows<Plan, kDim, Elem>& a,
-                        uint32_t b_tile, int b_row) {
-  static_assert(kTiles % 2 == 0);
+// first(j, e, r), of column 8 j + 2 t + e and row g + 8 r of a warp's.
+template <int kBands, int kTiles, typename First>
+RA_DEVICE void fill(float (&sum)[kBands][kTiles][4], const First& first) {
 #pragma unroll
-  for (auto& band : sum) {
-#pragma unroll
-    for (auto& tile : band) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+  for (int i = 0; i < kBands * kTiles * 4; ++i) {
+    const int j = i / (4 * kBands), r = i / 2 % (2 * kBands), e = i % 2;
+    sum[r / 2][j][e + r % 2 * 2] = first(j, e, r);
   }
+}
+
+// sum = first + A B^T, B eight rows per tile of the sum, from b_row on, of a tile that passes by.
+template <typename Plan, int kDim, typename Elem, int kBands, int kTiles,
+          typename First>
+RA_DEVICE void multiply(float (&sum)[kBands][kTiles][4], const KeptRows<Plan, kDim, Elem>& a,
+                        uint32_t b_tile, int b_row, const First& first) {
+  static_assert(kTiles % 2 == 0);
+  fill(sum, first);
   const TransposedOperand<kDim> b(b_tile, b_row);
 #pragma unroll
   for (int d = 0; d < kDim; d += 16) {

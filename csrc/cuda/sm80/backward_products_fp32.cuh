@@ -35,14 +35,10 @@ struct KeptRows<Plan, kDim, Float32> {
   RA_DEVICE void keep() const {}
 };
 
-template <typename Plan, int kDim, int kBands, int kTiles>
+template <typename Plan, int kDim, int kBands, int kTiles, typename First>
 RA_DEVICE void multiply(float (&sum)[kBands][kTiles][4], const KeptRows<Plan, kDim, Float32>& a,
-                        uint32_t b_tile, int b_row) {
-#pragma unroll
-  for (auto& band : sum) {
-#pragma unroll
-    for (auto& tile : band) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
-  }
+                        uint32_t b_tile, int b_row, const First& first) {
+  fill(sum, first);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 1
   for (int c = 0; c < kDim / 4; ++c) {
