@@ -24,7 +24,7 @@ struct TileLayout {
   static_assert(kDim % 32 == 0 || kDim == 16);
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
-  static RA_DEVICE int swizzle(int row) { 
+  static RA_DEVICE int swizzle(int row) {
     return row >> (kGroup == 8 ? 0 : kGroup == 4 ? 1 : 2) & (kGroup - 1);
   }
   // Of chunk `chunk` of row `row`.

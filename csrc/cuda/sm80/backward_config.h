@@ -159,8 +159,8 @@ struct BackwardPlan {
 
   // A warp's share.
   static constexpr int kSides = kTiles.sides, kWarpRows = kTiles.warp_rows;
-  static constexpr int kBands = kWarpRows / 16;              // of 16 rows
-  static constexpr int kScoreTiles = kStream / kSides / 8;   // of 8 columns of S
+  static constexpr int kBands = kWarpRows / 16;             // of 16 rows
+  static constexpr int kScoreTiles = kStream / kSides / 8;  // of 8 columns of S
   template <int kColumns>
   static constexpr int kSumTiles = kColumns / kSides / 8;
 

@@ -105,17 +105,17 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
     Rows<Plan>::template load_queries<Plan::kRows>(call, tile.sample, tile.head, tile.row,
                                                    base + Plan::kKeep, base + Plan::kVKeep);
     load_keys<Plan>(call, tile, walk, base + Plan::kStages);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    q.keep(), dout.keep();
   }
-  cp_async_commit();
   const int lane = threadIdx.x % 32, row = tile.row + at.row + lane / 4;
   const int64_t at_row = call.first_row(tile.sample, tile.head) + row;
   float lse[kLaneRows], lse_low[kLaneRows] = {}, minus_delta[kLaneRows];
   load_rows(lse, call.row_lse + at_row);
   load_rows(minus_delta, call.minus_delta + at_row);
   if constexpr (std::is_same_v<Elem, Float32>) load_rows(lse_low, call.row_lse_low + at_row);
-  cp_async_wait<0>();
-  __syncthreads();
-  q.keep(), dout.keep();
 
   for (int stage = 0; more; stage ^= 1) {
     const uint32_t k = base + Plan::kStages + stage * Plan::kStageBytes, v = k + Plan::kVStage;
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
     more = walk.next(call, tile);
     cp_async_wait<0>();
     __syncthreads();  // K and V are there, and the last ones and their dS not needed any more
-    if (more) load_keys<Plan>(call, tile, walk, base + Plan::kStages + (stage ^ 1) * Plan::kStageBytes);
+    if (more)
+      load_keys<Plan>(call, tile, walk, base + Plan::kStages + (stage ^ 1) * Plan::kStageBytes);
     cp_async_commit();
     float s[Plan::kBands][Plan::kScoreTiles][4], ds[Plan::kBands][Plan::kScoreTiles][4];
     multiply(s, q, k, side, [](int, int, int) { return 0.0f; });
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
   const int64_t part = tile.part * call.batch * call.heads * call.q_len;
   float* to = call.dq_parts > 1 ? call.partial + (part + rows) * call.head_dim
                                 : call.dq + rows * call.head_dim;
-  write_sums<Plan>(dq, at, call.scale, to, tile.row, call.q_len, call.head_dim,
-                   call.dq_parts == 1);
+  write_sums<Plan>(dq, at, call.scale, to, tile.row, call.q_len, call.head_dim, call.dq_parts == 1);
 }
 
 }  // namespace ring_attention::cuda::sm80

@@ -208,15 +208,15 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSums>::k
   const WeightTile<Plan> p_tile{base + Plan::kP}, ds_tile{base + Plan::kDs};
   if (more) {
     const KVBlock& block = call.blocks.block[tile.block];
-    Rows<Plan>::template load_keys<Plan::kRows>(
-        call, block, tile.sample, tile.kv_head, tile.key, 0, static_cast<int>(block.k_len),
-        base + Plan::kKeep, base + Plan::kVKeep);
+    Rows<Plan>::template load_keys<Plan::kRows>(call, block, tile.sample, tile.kv_head, tile.key, 0,
+                                                static_cast<int>(block.k_len), base + Plan::kKeep,
+                                                base + Plan::kVKeep);
     load_queries<Plan>(call, tile, walk, base, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    k.keep(), v.keep();
   }
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  k.keep(), v.keep();
   const int lane = threadIdx.x % 32, key = tile.key + at.row + lane / 4;
 
   for (int stage = 0; more; stage ^= 1) {

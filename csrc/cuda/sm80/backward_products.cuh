@@ -54,8 +54,7 @@ RA_DEVICE void fill(float (&sum)[kBands][kTiles][4], const First& first) {
 }
 
 // sum = first + A B^T, B eight rows per tile of the sum, from b_row on, of a tile that passes by.
-template <typename Plan, int kDim, typename Elem, int kBands, int kTiles,
-          typename First>
+template <typename Plan, int kDim, typename Elem, int kBands, int kTiles, typename First>
 RA_DEVICE void multiply(float (&sum)[kBands][kTiles][4], const KeptRows<Plan, kDim, Elem>& a,
                         uint32_t b_tile, int b_row, const First& first) {
   static_assert(kTiles % 2 == 0);
@@ -133,8 +132,8 @@ RA_DEVICE uint32_t not_zero(uint32_t pair) {
 }
 
 // Note [sieve]. A row of B that no row of A weighs counts as zeros: it may be garbage, and 0 NaN =
-// NaN. Fragments of A and B have A's columns and B's rows in the same lanes: kept[0] is for those of
-// the first eight rows of B, kept[1] for the others.
+// NaN. Fragments of A and B have A's columns and B's rows in the same lanes: kept[0] is for those
+// of the first eight rows of B, kept[1] for the others.
 template <int kBands>
 RA_DEVICE void find_weighed(uint32_t (&kept)[2], const uint32_t (&a)[kBands][4]) {
 #pragma unroll
@@ -151,8 +150,7 @@ RA_DEVICE void find_weighed(uint32_t (&kept)[2], const uint32_t (&a)[kBands][4])
 // sum += A B. B: kDepth rows of a tile, and of its columns, by 16, every kShares-th of `share`.
 template <typename Elem, int kDim, int kDepth, int kShares, bool kSieve, typename A, int kBands,
           int kTiles>
-RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4], const A& a, uint32_t b_tile,
-                          int share) {
+RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4], const A& a, uint32_t b_tile, int share) {
   const ColumnOperand<kDim> b(b_tile, 0, 16 * share);
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {

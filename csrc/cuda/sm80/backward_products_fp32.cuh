@@ -88,9 +88,8 @@ struct WeightTile<Plan, Float32> {
 
 // Always sieved, see Note [sieve]: what no row of a warp's weighs is skipped.
 template <int kDim, bool kSieve, typename Plan, int kBands, int kTiles>
-RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4],
-                          const WeightTile<Plan, Float32>& weights, const WarpPlace<Plan>& at,
-                          uint32_t b_tile) {
+RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4], const WeightTile<Plan, Float32>& weights,
+                          const WarpPlace<Plan>& at, uint32_t b_tile) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t from = weights.tile + weights.offset(at.row + g, 0);
 #pragma unroll 2
