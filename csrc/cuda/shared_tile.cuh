@@ -129,7 +129,7 @@ struct TileCopy {
     });
   }
 
-  // The same with fewer instructions, and more registers from one row to the next.
+  // The same with fewer instructions: the address steps from row to row.
   template <int kRows>
   static RA_DEVICE void stepped_rows(uint32_t tile, const char* data, int64_t stride, int from,
                                      int begin, int end, int dim) {
