@@ -122,7 +122,7 @@ def addresses_of_prefetches(code: Sequence[Instruction]) -> set[int]:
 
 
 def ways_to_divide(code: Sequence[Instruction]) -> set[int]:
-    """or.b64 a, x, y;  and.b64 b, a, -2^32;  setp.eq.s64 p, b, 0;  @p bra. The first may be absent."""
+    """or.b64 a, x, y;  and.b64 b, a, -2^32;  setp.eq.s64 p, b, 0;  @p bra. There may be no or."""
     found = set()
     for i, one in enumerate(code[:-2]):
         test, jump = code[i + 1], code[i + 2]
