@@ -9,7 +9,7 @@
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
 #   make vm-full the same for every parameter and five seeds; hours, with -j2 half as many
-#   make mutants how many single changes of the CUDA kernels those tests notice; long
+#   make mutants how many single changes of the CUDA kernels those tests notice; an hour
 #   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #
 # Each one does its own set-up (virtual environment, PyTorch, build) and is quick the second time.
@@ -116,7 +116,7 @@ $(FULL)/%.log: $(TESTED) | vm-build
 	@mv $@.part $@
 
 mutants: vm-build
-	$(ON_VM) $(BIN)/python tests/ptxvm/mutants.py $(ARGS)
+	$(ON_VM) PYTHONPATH=$(VM)/lib:tests/ptxvm:tests $(BIN)/python tests/ptxvm/mutants.py $(ARGS)
 
 calibrate: $(VENV)/tools
 	$(BIN)/python tests/ptxvm/calibrate.py

@@ -22,7 +22,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from virtual_gpu import VirtualGpu, distances, reaches_all_lanes, without_consequence
@@ -123,8 +122,6 @@ def fate(case: Any) -> str:
 
 def count(gpu: VirtualGpu, target: Target) -> list[Counted]:
     """The target's cases that execute its kernel, the cheapest first."""
-    here = Path(__file__).parent
-    sys.path[:0] = [str(here), str(here.parent)]
     import mutant_problems
     import torch
 
