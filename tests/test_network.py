@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import ring_attention as ra
-from network import Hop, Measured, Shape, Shaped, measured_break_even, predicted, simulated
+from break_even import Hop, Measured, Shaped, measured_break_even, predicted, simulated
+from network_rank import Shape
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What timed calls say of the shard from which communication costs nothing; see network.py."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+import ring_attention as ra
+from network_rank import DTYPES, MASKS, Shape
+
+# A hop that is waited for no longer than this share of a call counts as hidden.
+HIDDEN = 0.03
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A link: payload in one direction, and CPU seconds per byte sent or received."""
+
+    bytes_s: float
+    cpu_s_per_byte: float
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Of a call without messages, the larger of the ranks' bytes, the mean of their folds.
+
+    Attributes:
+        nbytes: in the busier direction.
+        moved: sent and received by a rank.
+        hiding_s: of the folds that hide it.
+    """
+
+    nbytes: float
+    moved: float
+    hiding_s: float
+
+    def over(self, link: Shaped) -> float:
+        """Seconds on a link, less what moving the bytes adds to the folds that hide it."""
+        return self.nbytes / link.bytes_s - self.moved * link.cpu_s_per_byte
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the rounds; of ranks the slowest, CPU time and bytes their sum.
+
+    Attributes:
+        alone_s, seconds: a call without and with its messages.
+        waiting: share of the call, of the rank that waits most.
+        exposed: time that a hop took from both ends having posted, over that of the folds that hide
+            it, of that rank's worst hop; at most 1 if all are hidden.
+        theft_s: CPU seconds more than without messages.
+        hops: of every hop; its folds without messages.
+        folding_s: all folds of a call without messages, the mean of the ranks.
+    """
+
+    tokens: int
+    alone_s: float
+    seconds: float
+    waiting: float
+    exposed: float
+    theft_s: float
+    sent_bytes: int
+    hops: list[Hop]
+    folding_s: float
+
+    def break_even(self, link: Shaped) -> float:
+        """Predicted: the tokens per rank from which the hop that needs most is hidden."""
+        return self.tokens * max((hop.over(link) / hop.hiding_s for hop in self.hops), default=0.0)
+
+    @classmethod
+    def of(cls, tokens: int, turns: list[tuple[dict[str, Any], ...]]) -> "Measured":
+        seen: dict[Any, list[float]] = defaultdict(list)
+        exposed: list[list[float]] = []  # of every hop
+        hops: list[list[Hop]] = []
+        for ranks in turns:
+            sending = ranks[0]["sending"]
+            seconds = max(r["end_s"] for r in ranks) - min(r["start_s"] for r in ranks)
+            seen["cpu", sending].append(sum(r["cpu_s"] for r in ranks))
+            seen["seconds", sending].append(seconds)
+            if sending:
+                most = max(ranks, key=lambda r: r["wait"])
+                # A hop begins when both of its ends have posted.
+                begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
+                seen["waiting"].append(most["wait"] / seconds)
+                exposed.append(
+                    [
+                        (end_s - start_s) / max(hop["hiding_s"], 1e-9)
+                        for start_s, end_s, hop in zip(
+                            begun, most["arrived_s"], most["hops"], strict=False
+                        )
+                    ]
+                )
+                seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
+            else:
+                seen["folding"].append(mean(r["compute"] for r in ranks))
+                hops.append(
+                    [
+                        Hop(
+                            max(hop["bytes"] for hop in same),
+                            max(hop["moved"] for hop in same),
+                            max(mean(hop["hiding_s"] for hop in same), 1e-9),
+                        )
+                        for same in zip(*(r["hops"] for r in ranks), strict=False)
+                    ]
+                )
+        middle = {key: median(values) for key, values in seen.items()}
+        return cls(
+            tokens=tokens,
+            alone_s=middle["seconds", False],
+            seconds=middle.get(("seconds", True), math.nan),
+            waiting=middle.get("waiting", math.nan),
+            # The medians' maximum: that of every round would be of whichever hop was held up.
+            exposed=max(map(median, zip(*exposed, strict=False)), default=math.nan),
+            theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
+            sent_bytes=int(middle.get("bytes", 0)),
+            hops=[
+                Hop(same[0].nbytes, same[0].moved, median(hop.hiding_s for hop in same))
+                for same in zip(*hops, strict=False)
+            ],
+            folding_s=middle["folding"],
+        )
+
+
+def predicted(points: list[Measured], link: Shaped) -> float:
+    """The break-even, from calls of about its length."""
+    each = {point.tokens: point.break_even(link) for point in points}
+    tokens = 1024.0
+    for _ in range(20):
+        tokens = _at(each, tokens)
+    return tokens
+
+
+def simulated(row: dict[str, Any], point: Measured, link: Shaped) -> float:
+    """Predicted: a call with its messages, by the planner's simulation of its ranks.
+
+    Its folds are as quick as those of calls without messages, which also say what else there is.
+    """
+    shape, mask, backward = Shape(**row["shape"]), MASKS[row["mask"]], row["direction"] != "forward"
+    layout = ra.Zigzag(point.tokens * row["ranks"], row["ranks"])
+    dtype = str(DTYPES[shape.dtype]).removeprefix("torch.")
+    shapes = ra.Shapes(shape.heads, shape.kv_heads, shape.head_dim, dtype=dtype)
+    pairs = sum(sum(ra.plan(mask, layout, rank=r).flops) for r in range(row["ranks"]))
+    flops = shapes.flops_per_pair * pairs / row["ranks"] * (2.5 if backward else 1.0)
+    rate = {dtype: flops / point.folding_s}
+    device = ra.Device("measured", rate, rate, 1e12, 1e15, cpu_s_per_byte=link.cpu_s_per_byte)
+    machine = ra.Machine(device, ra.Link("shaped", link.bytes_s))
+    made = ra.predict(mask, layout, shapes, machine, generator="direct", traveller="kv")
+    phase = made.backward if backward else made.forward
+    return max(t.seconds for t in phase) + point.alone_s - point.folding_s
+
+
+def _at(values: dict[int, float], tokens: float) -> float:
+    lengths = sorted(values)
+    for low, high in pairwise(lengths):
+        if low <= tokens <= high:
+            share = math.log(tokens / low) / math.log(high / low)
+            return values[low] + share * (values[high] - values[low])
+    return values[lengths[0] if tokens < lengths[0] else lengths[-1]]
+
+
+def measured_break_even(points: list[Measured]) -> float:
+    """Where waiting ends, from the shards that wait: hops grow like c, what hides them like c^2."""
+    exposed = [p.tokens * p.exposed for p in points if p.waiting > HIDDEN]
+    return median(exposed) if exposed else math.nan
