@@ -49,7 +49,7 @@ class Measured:
     Attributes:
         alone_s, seconds: a call without and with its messages.
         waiting: share of the call, of the rank that waits most.
-        exposed: time that a hop took from both ends having posted, over that of the folds that hide
+        exposed: time that a hop took from both ends having packed, over that of the folds that hide
             it, of that rank's worst hop; at most 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
         hops: of every hop; its folds without messages.
@@ -75,6 +75,7 @@ class Measured:
         seen: dict[Any, list[float]] = defaultdict(list)
         exposed: list[list[float]] = []  # of every hop
         hops: list[list[Hop]] = []
+        packing = _packing_s(turns)
         for ranks in turns:
             sending = ranks[0]["sending"]
             seconds = max(r["end_s"] for r in ranks) - min(r["start_s"] for r in ranks)
@@ -82,8 +83,12 @@ class Measured:
             seen["seconds", sending].append(seconds)
             if sending:
                 most = max(ranks, key=lambda r: r["wait"])
-                # A hop begins when both of its ends have posted.
-                begun = map(max, zip(*(r["posted_s"] for r in ranks), strict=False))
+                # A hop begins when both of its ends have packed: posting may be held up after that.
+                posting = zip(*([start for start, _ in r["posts"]] for r in ranks), strict=False)
+                begun = [
+                    max(starts) + packed_s
+                    for starts, packed_s in zip(posting, packing, strict=False)
+                ]
                 seen["waiting"].append(most["wait"] / seconds)
                 exposed.append(
                     [
@@ -122,6 +127,12 @@ class Measured:
             ],
             folding_s=middle["folding"],
         )
+
+
+def _packing_s(turns: list[tuple[dict[str, Any], ...]]) -> list[float]:
+    """What packing the messages of every hop takes: posting them, in calls that do not send."""
+    posts = [r["posts"] for ranks in turns if not ranks[0]["sending"] for r in ranks]
+    return [median(end - start for start, end in same) for same in zip(*posts, strict=False)]
 
 
 def predicted(points: list[Measured], link: Shaped) -> float:

@@ -25,7 +25,7 @@ def turn(sending: bool, wait_s: float) -> tuple[dict[str, Any], ...]:
     return tuple(
         common
         | {"wait": waited, "end_s": 7.0 + waited, "cpu_s": 2.5 if sending else 2.0}
-        | {"posted_s": [5.0], "arrived_s": [6.0 + waited]}
+        | {"posts": [[4.75, 5.25 if sending else 5.0]], "arrived_s": [6.0 + waited]}
         for waited in (0.0, wait_s)
     )
 
