@@ -48,9 +48,11 @@ class Measured:
 
     Attributes:
         alone_s, seconds: a call without and with its messages.
-        waiting: share of the call, of the rank that waits most.
+        waiting: share of the call, of the rank that waits most, for whatever it waits.
+        link_waiting: the same had both ends of every hop posted at the same time: what hops took
+            longer than the folds that hide them. The rest is waiting for a rank that was held up.
         exposed: time that a hop took from both ends having packed, over that of the folds that hide
-            it, of that rank's worst hop; at most 1 if all are hidden.
+            it, of the worst hop; at most about 1 if all are hidden.
         theft_s: CPU seconds more than without messages.
         hops: of every hop; its folds without messages.
         folding_s: all folds of a call without messages, the mean of the ranks.
@@ -60,6 +62,7 @@ class Measured:
     alone_s: float
     seconds: float
     waiting: float
+    link_waiting: float
     exposed: float
     theft_s: float
     sent_bytes: int
@@ -82,22 +85,11 @@ class Measured:
             seen["cpu", sending].append(sum(r["cpu_s"] for r in ranks))
             seen["seconds", sending].append(seconds)
             if sending:
-                most = max(ranks, key=lambda r: r["wait"])
-                # A hop begins when both of its ends have packed: posting may be held up after that.
-                posting = zip(*([start for start, _ in r["posts"]] for r in ranks), strict=False)
-                begun = [
-                    max(starts) + packed_s
-                    for starts, packed_s in zip(posting, packing, strict=False)
-                ]
-                seen["waiting"].append(most["wait"] / seconds)
-                exposed.append(
-                    [
-                        (end_s - start_s) / max(hop["hiding_s"], 1e-9)
-                        for start_s, end_s, hop in zip(
-                            begun, most["arrived_s"], most["hops"], strict=False
-                        )
-                    ]
-                )
+                seen["waiting"].append(max(r["wait"] for r in ranks) / seconds)
+                taken = _hops_taken(ranks, packing)
+                over_s = sum(max(0.0, hop_s - hiding_s) for hop_s, hiding_s in taken)
+                seen["link"].append(over_s / seconds)
+                exposed.append([hop_s / max(hiding_s, 1e-9) for hop_s, hiding_s in taken])
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
                 seen["folding"].append(mean(r["compute"] for r in ranks))
@@ -117,6 +109,7 @@ class Measured:
             alone_s=middle["seconds", False],
             seconds=middle.get(("seconds", True), math.nan),
             waiting=middle.get("waiting", math.nan),
+            link_waiting=middle.get("link", math.nan),
             # The medians' maximum: that of every round would be of whichever hop was held up.
             exposed=max(map(median, zip(*exposed, strict=False)), default=math.nan),
             theft_s=middle.get(("cpu", True), math.nan) - middle["cpu", False],
@@ -127,6 +120,26 @@ class Measured:
             ],
             folding_s=middle["folding"],
         )
+
+
+def _hops_taken(
+    ranks: tuple[dict[str, Any], ...], packing: list[float]
+) -> list[tuple[float, float]]:
+    """Of a call, for every hop: what it took, and the mean of the folds that hide it.
+
+    It begins when both ends have packed (posting may be held up after that), and ends for the rank
+    that waits for it longest. Of the folds the mean, as that rank is the one that folded faster.
+    """
+    posts = zip(*(r["posts"] for r in ranks), strict=False)
+    arrived = zip(*(r["arrived_s"] for r in ranks), strict=False)
+    hops = zip(*(r["hops"] for r in ranks), strict=False)
+    taken = []
+    for same, ends, folds, packed_s in zip(posts, arrived, hops, packing, strict=False):
+        begun_s = max(start_s for start_s, _ in same) + packed_s
+        hiding = [hop["hiding_s"] for hop in folds]
+        end_s, _ = max(zip(ends, hiding, strict=True), key=lambda pair: pair[0] - pair[1])
+        taken.append((end_s - begun_s, mean(hiding)))
+    return taken
 
 
 def _packing_s(turns: list[tuple[dict[str, Any], ...]]) -> list[float]:
@@ -174,5 +187,5 @@ def _at(values: dict[int, float], tokens: float) -> float:
 
 def measured_break_even(points: list[Measured]) -> float:
     """Where waiting ends, from the shards that wait: hops grow like c, what hides them like c^2."""
-    exposed = [p.tokens * p.exposed for p in points if p.waiting > HIDDEN]
+    exposed = [p.tokens * p.exposed for p in points if p.link_waiting > HIDDEN]
     return median(exposed) if exposed else math.nan

@@ -10,7 +10,9 @@ Ranks are gloo processes of one thread, each in a network namespace, joined by l
 bounds in both directions. Every round runs a call twice: as it is, and with messages that are
 packed but never sent, so that folds read the last ones' bytes. Their difference is what
 communication costs: waiting (the worst rank's share of its time), and the CPU time that gloo and
-the kernel's network take from folds (theft; both ranks together, of the calls' CPU time).
+the kernel's network take from folds (theft; both ranks together, of the calls' CPU time). Waiting
+"for link" is what hops took longer than the folds that hide them; the rest is for a rank that
+something else on the machine held up.
 
 Predicted is the shard from which every hop is hidden behind the folds that hide it. A hop carries
 bytes like c, tokens per rank, and its folds take time like c^2, so a call without messages says of
@@ -97,8 +99,8 @@ def sweep(ring: Ring, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 HEADER = (
     "direction mask    Mbit  MB/s  break-even predicted measured   ratio | "
-    "tokens  of predicted   alone s    ring s    ratio  simulated s  ring/simulated  waiting   "
-    "theft  CPU s/GB"
+    "tokens  of predicted   alone s    ring s    ratio  simulated s  ring/simulated  waiting  "
+    "for link   theft  CPU s/GB"
 )
 
 
@@ -116,7 +118,7 @@ def print_row(row: dict[str, Any]) -> None:
         print(
             f"{start}{p.tokens:7d}{p.tokens / expected:14.2f}{p.alone_s:10.4f}{p.seconds:10.4f}"
             f"{p.seconds / p.alone_s:9.3f}{guess_s:13.4f}{p.seconds / guess_s:16.2f}"
-            f"{100 * p.waiting:8.1f}%"
+            f"{100 * p.waiting:8.1f}%{100 * p.link_waiting:9.1f}%"
             f"{100 * p.theft_s / p.alone_s / row['ranks']:7.1f}%"
             f"{p.theft_s / (p.sent_bytes / 1e9):10.2f}",
             flush=True,

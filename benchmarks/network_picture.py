@@ -25,7 +25,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if (row["direction"], row["mask"]) != kind:
                 continue
             tokens = [point["tokens"] for point in row["points"]]
-            waiting = [100 * point["waiting"] for point in row["points"]]
+            waiting = [100 * point["link_waiting"] for point in row["points"]]
             color = colors[row["mbit"]]
             panel.plot(tokens, waiting, ".-", color=color, label=f"{row['mbit']:g} Mbit/s")
             panel.axvline(row["predicted_tokens"], color=color, lw=1, ls=":")
@@ -35,8 +35,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("tokens per rank")
         panel.spines[["top", "right"]].set_visible(False)
     first = figure.axes[0]
-    first.set_ylabel("measured: % of a call waiting")
+    first.set_ylabel("measured: % of a call")
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower center")
-    figure.suptitle("Waiting; dotted: the predicted break-even", x=0.01, ha="left")
+    figure.suptitle("Waiting for the link; dotted: the predicted break-even", x=0.01, ha="left")
     figure.savefig(path)
