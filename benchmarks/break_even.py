@@ -51,8 +51,8 @@ class Measured:
         waiting: share of the call, of the rank that waits most, for whatever it waits.
         link_waiting: the same had both ends of every hop posted at the same time: what hops took
             longer than the folds that hide them. The rest is waiting for a rank that was held up.
-        exposed: time that a hop took from both ends having packed, over that of the folds that hide
-            it, of the worst hop; at most about 1 if all are hidden.
+        exposed: time that a hop took over that of the folds that hide it, of the worst hop; 1 if
+            all are hidden.
         theft_s: CPU seconds more than without messages.
         hops: of every hop; its folds without messages.
         folding_s: all folds of a call without messages, the mean of the ranks.
@@ -86,10 +86,9 @@ class Measured:
             seen["seconds", sending].append(seconds)
             if sending:
                 seen["waiting"].append(max(r["wait"] for r in ranks) / seconds)
-                taken = _hops_taken(ranks, packing)
-                over_s = sum(max(0.0, hop_s - hiding_s) for hop_s, hiding_s in taken)
-                seen["link"].append(over_s / seconds)
-                exposed.append([hop_s / max(hiding_s, 1e-9) for hop_s, hiding_s in taken])
+                over = _over(ranks, packing)
+                seen["link"].append(sum(over_s for over_s, _ in over) / seconds)
+                exposed.append([1 + over_s / max(hiding_s, 1e-9) for over_s, hiding_s in over])
                 seen["bytes"].append(sum(r["bytes"] for r in ranks) / 2)
             else:
                 seen["folding"].append(mean(r["compute"] for r in ranks))
@@ -122,10 +121,8 @@ class Measured:
         )
 
 
-def _hops_taken(
-    ranks: tuple[dict[str, Any], ...], packing: list[float]
-) -> list[tuple[float, float]]:
-    """Of a call, for every hop: what it took, and the mean of the folds that hide it.
+def _over(ranks: tuple[dict[str, Any], ...], packing: list[float]) -> list[tuple[float, float]]:
+    """Of a call, for every hop: what it took longer than the folds that hide it, and these.
 
     It begins when both ends have packed (posting may be held up after that), and ends for the rank
     that waits for it longest. Of the folds the mean, as that rank is the one that folded faster.
@@ -133,13 +130,13 @@ def _hops_taken(
     posts = zip(*(r["posts"] for r in ranks), strict=False)
     arrived = zip(*(r["arrived_s"] for r in ranks), strict=False)
     hops = zip(*(r["hops"] for r in ranks), strict=False)
-    taken = []
-    for same, ends, folds, packed_s in zip(posts, arrived, hops, packing, strict=False):
+    over = []
+    for same, ends, sides, packed_s in zip(posts, arrived, hops, packing, strict=False):
         begun_s = max(start_s for start_s, _ in same) + packed_s
-        hiding = [hop["hiding_s"] for hop in folds]
-        end_s, _ = max(zip(ends, hiding, strict=True), key=lambda pair: pair[0] - pair[1])
-        taken.append((end_s - begun_s, mean(hiding)))
-    return taken
+        hiding_s = mean(side["hiding_s"] for side in sides)
+        waited_s, end_s = max(zip((side["waited_s"] for side in sides), ends, strict=True))
+        over.append((min(waited_s, max(0.0, end_s - begun_s - hiding_s)), hiding_s))
+    return over
 
 
 def _packing_s(turns: list[tuple[dict[str, Any], ...]]) -> list[float]:

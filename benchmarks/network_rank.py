@@ -143,6 +143,7 @@ class Rank:
                                     for way in (True, False)
                                 ),
                                 "moved": e.bytes,
+                                "waited_s": e.seconds,
                                 "hiding_s": sum(
                                     c.seconds
                                     for c in events

@@ -21,9 +21,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def turn(sending: bool, wait_s: float) -> tuple[dict[str, Any], ...]:
     """Two ranks of which the second waits; folds take two seconds, one of them hides the hop."""
     common = {"sending": sending, "start_s": 5.0, "compute": 2.0, "bytes": 100}
-    common["hops"] = [{"bytes": 100, "moved": 200, "hiding_s": 1.0}]
+    hop = {"bytes": 100, "moved": 200, "hiding_s": 1.0}
     return tuple(
         common
+        | {"hops": [hop | {"waited_s": waited}]}
         | {"wait": waited, "end_s": 7.0 + waited, "cpu_s": 2.5 if sending else 2.0}
         | {"posts": [[4.75, 5.25 if sending else 5.0]], "arrived_s": [6.0 + waited]}
         for waited in (0.0, wait_s)
