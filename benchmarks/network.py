@@ -51,7 +51,8 @@ from network_picture import draw
 from network_rank import DTYPES, MASKS, Shape
 from network_ring import Ring, ring
 from ring_attention.commands.trace import report
-from ring_attention.timeline import Timeline, read
+from ring_attention.timeline import Timeline
+from ring_attention.trace_files import read
 
 DIRECTIONS = ("forward", "backward")
 # Lengths at which the rate of the folds is measured, and shards as shares of the break-even.

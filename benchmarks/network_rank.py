@@ -19,8 +19,9 @@ from torch import Tensor
 
 import ring_attention as ra
 from ring_attention import trace
-from ring_attention.ring import Message, Pending, pack, transport_of
-from ring_attention.timeline import Writer
+from ring_attention.groups import transport_of
+from ring_attention.ring import Message, Pending, pack
+from ring_attention.trace_files import Writer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKS: dict[str, ra.Mask] = {"full": ra.Full(), "causal": ra.Causal()}

@@ -65,7 +65,7 @@ inline ScalarType state_dtype(ScalarType dtype) {
 inline ScalarType state_dtype(const Tensor& q) { return state_dtype(q.scalar_type()); }
 
 // The checks of one call: all of its tensors have to be where its first one is. `alignment`: of
-// what kernels address in whole vectors, in bytes, see Note [alignment] in operators.h.
+// what kernels address in whole vectors, in bytes, see Note [alignment] in arguments.h.
 class Expect {
  public:
   Expect(const char* op, const Tensor& first, int64_t alignment)

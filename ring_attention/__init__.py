@@ -2,11 +2,13 @@
 """Exact attention over sequences sharded across the ranks of a process group."""
 
 from . import trace
+from .agreed_plan import agree
 from .costs import break_even
 from .feed_forward import BlockwiseFeedForward
 from .figures import Device, Link, Machine
-from .function import agree, attention
+from .function import attention
 from .gradients import sum_gradients
+from .groups import all_gather, all_reduce_, rank_of, size_of
 from .layout import Contiguous, DocumentBalanced, Layout, Striped, Zigzag
 from .loss import linear_cross_entropy, shift_labels
 from .mask import (
@@ -26,7 +28,7 @@ from .ops import isa_name, isa_names
 from .plan import Plan, plan
 from .predict import predict
 from .prediction import Candidate, Prediction
-from .ring import RingError, all_gather, all_reduce_, rank_of, size_of
+from .ring import RingError
 from .sdpa import scaled_dot_product_attention
 from .shapes import Shapes
 from .transformer import RingTransformerBlock

@@ -4,8 +4,8 @@
 Note [captures]. While a CUDA graph is captured nothing may be copied from the host, and no event
 recorded before may be asked or waited for. So whatever a plan has on a device is made by a first
 call outside: the warm-up that graphs ask for anyway. It has arrived by then, as torch.cuda.graph
-begins with torch.cuda.synchronize(). A graph reads it at every replay: keep the plan that long, and
-its intervals within INTERVAL_CACHE_BYTES.
+begins with torch.cuda.synchronize(). A graph reads it at every replay: what one has read is never
+dropped while the plan lives, so keep the plan as long as the graph.
 """
 
 import torch
@@ -20,9 +20,13 @@ class DeviceCopy:
 
     Raises:
         RuntimeError: the current stream is being captured, see Note [captures].
+
+    Attributes:
+        captured: whether a CUDA graph reads it.
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
+        self.captured = False
         self._arrived: torch.cuda.Event | None = None
         if device.type != "cuda":
             self._tensor = host.to(device)
@@ -30,7 +34,8 @@ class DeviceCopy:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "ring_attention: expected a call that is captured in a CUDA graph to have run "
-                f"before with this plan on {device}, got its first; run it once before the capture"
+                f"before with this plan on {device}, got its first (or its masks take more than "
+                "the memory that plans keep of them); run it once before the capture"
             )
         self._stream = torch.cuda.current_stream(device)
         self._tensor = host.pin_memory().to(device, non_blocking=True)
@@ -42,7 +47,10 @@ class DeviceCopy:
 
     def get(self) -> Tensor:
         """The copy, to be read on the current stream."""
-        if self._tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if self._tensor.device.type != "cuda":
+            return self._tensor
+        if torch.cuda.is_current_stream_capturing():
+            self.captured = True
             return self._tensor
         current = torch.cuda.current_stream(self._tensor.device)
         if current == self._stream:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`attention`, and the two communicating operators behind it."""
+"""`attention`: its arguments, and the plan for a call without one."""
 
 from functools import lru_cache
 from typing import Any
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import agreement, checks, invariant, loop, ops, queries, ulysses
-from .backward import backward
+from . import checks, ops, ring_ops, ulysses
+from .agreed_plan import agreed_fields, check_agreement, check_shards
+from .groups import degrees_of, traced_name, transport_of
 from .layout import Contiguous, Layout
 from .mask import Causal, Mask
 from .plan import Plan
 from .plan import plan as make_plan
-from .registry import plan_of
-from .ring import Transport, degrees_of, traced_name, transport_named, transport_of
+from .ring import Transport
 from .shapes import Shapes
 from .tiles import tile_count
 
@@ -85,30 +85,39 @@ def attention(
     checks.attention("attention", q, k, v, sinks=sinks, scale=scale, softcap=softcap)
     layouts = layout, q_layout, k_layout
     if plan is not None:
-        if layouts != (None, None, None):
-            raise ValueError(
-                f"{where}: expected either plan or layouts, got both; a plan carries its layouts"
-            )
-        if mask is not _CAUSAL and mask != plan.mask:
-            raise ValueError(
-                f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
-                "a plan carries its mask"
-            )
-        if invariant is not False and (
-            plan.tiles is None or tile_count(invariant) != plan.tiles.count
-        ):
-            raise ValueError(
-                f"{where}: expected a plan with invariant={invariant}, got {plan!r}; pass "
-                "invariant to plan(...): a plan carries it"
-            )
+        _check_plan(where, plan, mask, layouts, invariant)
     if plan is not None and plan.ring is None and torch.compiler.is_compiling():
         # A traced region knows plan and group by a tensor and a name; the operator checks the rest.
-        out, lse = torch.ops.ring_attention.ring_forward(
+        out, lse = ring_ops.ring_forward(
             q, k, v, sinks, plan.handle, scale, softcap, traced_name(group)
         )
     else:
         out, lse = _attend(q, k, v, sinks, mask, group, layouts, plan, scale, softcap, invariant)
     return (out, lse) if return_lse else out
+
+
+def _check_plan(
+    where: str,
+    plan: Plan,
+    mask: Mask,
+    layouts: tuple[Layout | None, Layout | None, Layout | None],
+    invariant: bool | int,
+) -> None:
+    """Whether the other arguments say nothing else than the plan that was passed."""
+    if layouts != (None, None, None):
+        raise ValueError(
+            f"{where}: expected either plan or layouts, got both; a plan carries its layouts"
+        )
+    if mask is not _CAUSAL and mask != plan.mask:
+        raise ValueError(
+            f"{where}: expected mask to be the plan's {plan.mask!r}, got {mask!r}; "
+            "a plan carries its mask"
+        )
+    if invariant is not False and (plan.tiles is None or tile_count(invariant) != plan.tiles.count):
+        raise ValueError(
+            f"{where}: expected a plan with invariant={invariant}, got {plan!r}; pass "
+            "invariant to plan(...): a plan carries it"
+        )
 
 
 @torch.compiler.disable(
@@ -131,15 +140,15 @@ def _attend(
     transport = transport_of(group)
     if plan is None:
         plan = _plan_for(where, q, k, v, mask, group, *layouts, invariant)
-    _check_shards(where, plan, transport, q, k)
+    check_shards(where, plan, transport, q, k)
     if plan.ring is None:
         return _around_ring(q, k, v, sinks, plan, transport, scale, softcap)
     ulysses.check_heads(where, plan, q.shape[1], k.shape[1])
-    _check_agreement(transport, "attention", plan, q, k, v)
+    check_agreement(transport, "attention", plan, q, k, v)
     mine = ulysses.to_heads(plan, transport, q, k, v)
     ring = ulysses.ring_of(plan, transport)
     # Ranks that agree about the whole agree about its parts.
-    ring.book.agreed[plan.ring.digest] = _agreed_fields(plan.ring, *mine)
+    ring.book.agreed[plan.ring.digest] = agreed_fields(plan.ring, *mine)
     own_sinks = None
     if sinks is not None:
         own_sinks = sinks.chunk(plan.ulysses)[transport.rank % plan.ulysses].contiguous()
@@ -160,9 +169,7 @@ def _around_ring(
     if transport.size == 1 and plan.tiles is None:
         key_begin, key_end = plan.intervals(0, q.device)
         return ops.forward(q, k, v, key_begin, key_end, sinks, scale, softcap)
-    return torch.ops.ring_attention.ring_forward(
-        q, k, v, sinks, plan.handle, scale, softcap, transport.name
-    )
+    return ring_ops.ring_forward(q, k, v, sinks, plan.handle, scale, softcap, transport.name)
 
 
 def _plan_for(
@@ -242,202 +249,4 @@ def _cached_plan(
         ranks_per_node=ranks_per_node,
         shapes=shapes,
         invariant=tiles or False,
-    )
-
-
-def _check_shards(where: str, plan: Plan, transport: Transport, q: Tensor, k: Tensor) -> None:
-    rank, size = transport.rank, transport.size
-    if (plan.rank, plan.world_size) != (rank, size):
-        raise ValueError(
-            f"{where}: expected a plan for rank {rank} of {size}, got one for rank {plan.rank} of "
-            f"{plan.world_size}; make it with plan(..., group=group)"
-        )
-    for name, x, layout in (("q", q, plan.q_layout), ("k", k, plan.k_layout)):
-        if x.shape[2] != layout.sizes[rank]:
-            raise ValueError(
-                f"{where}: expected {name}.shape[2] == {layout.sizes[rank]}, the shard of rank "
-                f"{rank} under {layout!r}, got {x.shape[2]}; shard with layout.shard({name}, "
-                "group, dim=2)"
-            )
-    if plan.mask.batch not in (1, q.shape[0]):
-        raise ValueError(
-            f"{where}: expected a mask for {q.shape[0]} samples (or one for all), got one for "
-            f"{plan.mask.batch}; q.shape[0] is the batch"
-        )
-
-
-# --- Agreement ------------------------------------------------------------------------------------
-
-
-def _agreed_fields(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
-    return {
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "batch": str(q.shape[0]),
-        "heads": str(q.shape[1]),
-        "kv_heads": str(k.shape[1]),
-        "head_dim": str(k.shape[3]),
-        "v_head_dim": str(v.shape[3]),
-        "mask": repr(plan.mask),
-        "q_layout": repr(plan.q_layout),
-        "k_layout": repr(plan.k_layout),
-        "invariant": "no" if plan.tiles is None else f"{plan.tiles.count} tiles",
-        "plan": f"{plan.digest:016x}",
-    }
-
-
-def agree(plan: Plan, group: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Checks once that all ranks of a group hold the same plan for the same kind of tensors.
-
-    Collective. Calls of `attention(..., plan=plan, group=group)` with tensors of these shapes and
-    dtypes then post at once; others are refused.
-
-    Args:
-        plan: this rank's plan.
-        group: as in `attention`.
-        q, k, v: tensors (also meta or fake ones) as the calls will pass them.
-
-    Raises:
-        RingError: ranks disagree (all of them are told which field differs), or one never arrived.
-    """
-    transport = transport_of(group)
-    if transport.size == 1:
-        return
-    where = "ring_attention.agree"
-    checks.attention("agree", q, k, v)
-    _check_shards(where, plan, transport, q, k)
-    fields = _agreed_fields(plan, q, k, v)
-    agreement.check(transport, {"call": "agree", **fields})
-    transport.book.agreed[plan.digest] = fields
-    transport.warm_up(q.device)
-
-
-def _check_agreement(
-    transport: Transport, call: str, plan: Plan, q: Tensor, k: Tensor, v: Tensor
-) -> None:
-    if transport.size == 1:
-        return
-    fields = _agreed_fields(plan, q, k, v)
-    agreed = transport.book.agreed.get(plan.digest)
-    if agreed is None:
-        agreement.check(transport, {"call": call, **fields})
-        transport.warm_up(q.device)
-        return
-    for name, value in fields.items():
-        if agreed[name] != value:
-            raise ValueError(
-                f"ring_attention.attention: expected {name} == {agreed[name]}, as the ranks agreed "
-                f"for this plan, got {value}; call agree again for other tensors"
-            )
-
-
-# --- The communicating operators ------------------------------------------------------------------
-
-
-@torch.library.custom_op("ring_attention::ring_forward", mutates_args=())
-def ring_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor,
-    scale: float,
-    softcap: float,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """Attention around the ring of `group`: out [B, H, Sq, Dv] and lse [B, H, Sq]."""
-    transport, made = transport_named(group), plan_of(plan)
-    _check_shards("ring_attention.attention", made, transport, q, k)
-    _check_agreement(transport, "attention", made, q, k, v)
-    run = queries.forward if made.traveller[0] == "q" else loop.forward
-    run = run if made.tiles is None else invariant.forward
-    return run(made, transport, q, k, v, sinks, scale, softcap)
-
-
-@ring_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor,
-    scale: float,
-    softcap: float,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    return ops.empty_output(q, v)
-
-
-@torch.library.custom_op("ring_attention::ring_backward", mutates_args=())
-def ring_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor,
-    scale: float,
-    softcap: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients around the ring of `group`: dq, dk, dv and this rank's part of dsinks."""
-    transport, made = transport_named(group), plan_of(plan)
-    run = backward if made.tiles is None else invariant.backward
-    return run(made, transport, dout, dlse, q, k, v, out, lse, sinks, scale, softcap)
-
-
-@ring_backward.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    plan: Tensor,
-    scale: float,
-    softcap: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = lse.new_empty(0 if sinks is None else sinks.shape[0])
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks, plan, ctx.scale, ctx.softcap, ctx.group = inputs
-    ctx.save_for_backward(q, k, v, sinks, plan, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, sinks, plan, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = torch.ops.ring_attention.ring_backward(
-        dout, dlse, q, k, v, out, lse, sinks, plan, ctx.scale, ctx.softcap, ctx.group
-    )
-    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
-
-
-ring_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "ring_attention.attention: expected one backward, got a second derivative; the backward "
-        "is not differentiable, detach its result"
-    )
-
-
-ring_backward.register_autograd(_no_double_backward)
-
-# Independent ring calls must keep their order on every rank: a compiler that swapped two of them on
-# one rank would complete them with swapped data. Private API, the same in torch 2.11 and 2.15.
-for _op in ("ring_forward", "ring_backward"):
-    torch.library._register_effectful_op(
-        f"ring_attention::{_op}", torch._library.effects.EffectType.ORDERED
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import state_dtype
-from .ring import all_reduce_, size_of
+from .groups import all_reduce_, size_of
 
 _BUCKET_BYTES = 32 << 20
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from . import _planner
 from .device_copy import DeviceCopy
 
-# Key intervals that a plan keeps; with more, the least recently used blocks are computed again.
+# Key intervals that a plan keeps; with more, the least recently used are computed again. What
+# CUDA graphs read stays.
 INTERVAL_CACHE_BYTES = 64 << 20
 # An origin, a device, a range of keys.
 Key = tuple[int, torch.device, tuple[int, int] | None]
@@ -67,8 +68,11 @@ class IntervalCache:
         begin, end = copy.get().expand(*both.shape[:3], rows)
         with self.lock:
             self.kept[key] = Cached(copy, begin, end)
-            while len(self.kept) > 1 and self.nbytes() > INTERVAL_CACHE_BYTES:
-                self.kept.popitem(last=False)
+            for old in list(self.kept)[:-1]:
+                if self.nbytes() <= INTERVAL_CACHE_BYTES:
+                    break
+                if not self.kept[old].copy.captured:
+                    del self.kept[old]
         return begin, end
 
     def nbytes(self) -> int:

@@ -130,13 +130,13 @@ class Layout:
             if not 0 <= rank < self.world_size:
                 refuse(name, f"a rank in [0, {self.world_size})", rank, "pass a rank or its group")
             return rank
-        from . import ring
+        from . import groups
 
-        size = ring.size_of(rank)
+        size = groups.size_of(rank)
         if size != self.world_size:
             remedy = "make the layout for this group, or pass the group it was made for"
             refuse(name, f"a group of {self.world_size} ranks", size, remedy)
-        return ring.rank_of(rank)
+        return groups.rank_of(rank)
 
     def _check(self, method: str, name: str, x: Tensor, dim: int, rows: int) -> None:
         where = f"{type(self).__name__}.{method}"
@@ -163,10 +163,10 @@ def _table(layout: Layout) -> _planner.Layout:
 class _Unshard(torch.autograd.Function):  # torch is untyped here
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, group: Any, rank: int, dim: int) -> Tensor:
-        from . import ring
+        from . import groups
 
         ctx.layout, ctx.group, ctx.rank, ctx.dim = layout, group, rank, dim
-        parts = [x] if layout.world_size == 1 else ring.all_gather(x.detach(), group)
+        parts = [x] if layout.world_size == 1 else groups.all_gather(x.detach(), group)
         shape = list(x.shape)
         shape[dim] = layout.length
         out = x.new_empty(shape)
@@ -176,9 +176,9 @@ class _Unshard(torch.autograd.Function):  # torch is untyped here
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        from . import ring
+        from . import groups
 
         if ctx.layout.world_size > 1:
             grad = grad.contiguous().clone()
-            ring.all_reduce_(grad, ctx.group)
+            groups.all_reduce_(grad, ctx.group)
         return ctx.layout.shard(grad, ctx.rank, ctx.dim), None, None, None, None

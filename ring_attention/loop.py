@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from . import ops, trace
+from .events import Phase
 from .messages import Blocks, Messages, Rows, Sums
 from .rank_plan import Plan
 from .ring import Transport
@@ -93,7 +94,7 @@ def send_home(
     steps: Sequence[Step],
     held_rows: dict[int, int],
     transport: Transport,
-    phase: trace.Phase,
+    phase: Phase,
     blocks: Blocks,
     sums: Sums,
     fold: Callable[[Sequence[int], Keys], None],

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import autocast
 from .checks import state_dtype
-from .ring import all_reduce_
+from .groups import all_reduce_
 
 
 def shift_labels(

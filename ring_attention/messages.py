@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import ops, trace
 from .buffers import BufferPool, Lease
+from .events import Phase
 from .ring import TRAVELLERS, Message, Pending, Transport
 from .steps import Step, Transfer
 
@@ -74,7 +75,7 @@ class _Posted:
 class Messages:
     """What one rank has under way in a call: add messages, post them, wait for those due."""
 
-    def __init__(self, transport: Transport, phase: trace.Phase) -> None:
+    def __init__(self, transport: Transport, phase: Phase) -> None:
         self._transport = transport
         self._phase = phase
         self._added: list[tuple[int, int, Message, list[Lease]]] = []  # event, due; leases to free

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from .checks import state_dtype
 from .function import attention
+from .groups import rank_of, size_of
 from .layout import Layout
 from .mask import Causal, Mask, Window
 from .rank_plan import Plan
-from .ring import rank_of, size_of
 from .rope import rotate
 
 

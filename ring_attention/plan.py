@@ -13,12 +13,12 @@ import dataclasses
 from typing import Any
 
 from .figures import Machine
+from .groups import degrees_of
 from .layout import Layout
 from .make_plan import check, make_plan
 from .mask_algebra import Mask, refuse
 from .predict import predict
 from .rank_plan import Plan
-from .ring import degrees_of
 from .schedules import GENERATORS
 from .shapes import Shapes
 

@@ -16,8 +16,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from . import trace
 from .costs import Costs
+from .events import Event, Name, Phase
 from .stages import Key, Letter, Stage
 
 
@@ -43,7 +43,7 @@ class Timeline:
     wait_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
-    events: list[trace.Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 @dataclass
@@ -65,13 +65,11 @@ class _Rank:
         self.folded_s = -1.0  # when it began to wait, or -1
         self.timeline = Timeline(costs.plan.rank)
 
-    def event(self, name: trace.Name, start_s: float, end_s: float, nbytes: int = 0) -> None:
+    def event(self, name: Name, start_s: float, end_s: float, nbytes: int = 0) -> None:
         if end_s > start_s:
-            phase: trace.Phase = "backward" if self.costs.backward else "forward"
+            phase: Phase = "backward" if self.costs.backward else "forward"
             self.timeline.events.append(
-                trace.Event(
-                    name, phase, self.timeline.rank, self.stage.number, start_s, end_s, nbytes
-                )
+                Event(name, phase, self.timeline.rank, self.stage.number, start_s, end_s, nbytes)
             )
 
 

@@ -3,7 +3,7 @@
 
 Three listeners see the same intervals under the same names: ``record()`` in this process, the files
 that ``record(folder)`` or the environment's RING_ATTENTION_TRACE write (Chrome traces, see
-timeline.py), and torch's profiler. Where nobody listens an interval costs a test.
+trace_files.py), and torch's profiler. Where nobody listens an interval costs a test.
 """
 
 import os
@@ -11,69 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch.autograd import profiler
+
+from .events import Event, Leg, Name, Phase, label
+from .trace_files import Writer
 
 if TYPE_CHECKING:
     from .ring import Message, Transport
 
-Name = Literal["compute", "post", "transfer", "wait"]
-Phase = Literal["forward", "backward"]
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One message of a hop, seen from the rank that posted it.
-
-    Attributes:
-        peer: group rank it goes to or comes from.
-        kind: "K/V" or "dK/dV".
-        sending: whether it goes or comes.
-        bytes: payload.
-    """
-
-    peer: int
-    kind: str
-    sending: bool
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """One interval of one rank's ring, on the machine's monotonic clock.
-
-    Attributes:
-        name: "compute" (a block kernel), "post" (packing and posting messages), "transfer" (from
-            posting until the messages were seen complete: an upper bound of the time on the wire)
-            or "wait" (the rank had nothing to compute and waited).
-        phase: "forward" or "backward".
-        rank: group rank.
-        step: the plan's step.
-        start_s, end_s: seconds; comparable between processes of one machine.
-        bytes: payload sent and received, 0 for compute.
-        group: the name of the group, the same on all its ranks.
-        place: which process or virtual rank this was, "rank3" or "virtual3".
-        legs: the messages, empty for compute.
-    """
-
-    name: Name
-    phase: Phase
-    rank: int
-    step: int
-    start_s: float
-    end_s: float
-    bytes: int = 0
-    group: str = ""
-    place: str = ""
-    legs: tuple[Leg, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return self.end_s - self.start_s
-
+__all__ = ["Event", "Leg", "record"]
 
 _listeners: list[Callable[[Event], None]] = []
 _lock = threading.Lock()
@@ -92,8 +40,6 @@ def record(folder: str | os.PathLike[str] | None = None) -> Iterator[list[Event]
         ...     ring_attention.attention(q, k, v, group=group, layout=layout)
         >>> waited_s = sum(e.seconds for e in events if e.name == "wait")
     """
-    from .timeline import Writer
-
     events: list[Event] = []
     writer = None if folder is None else Writer(folder)
 
@@ -193,14 +139,7 @@ def emit(
         listen(event)
 
 
-def label(name: Name, phase: Phase, step: int) -> str:
-    """What an interval is called in the files and in torch's profiler."""
-    return f"ring_attention {phase} {step} {name}"
-
-
 def _listen_for_environment() -> None:
-    from .timeline import Writer
-
     folder = os.environ.get("RING_ATTENTION_TRACE")
     if folder:
         _listeners.append(Writer(folder).add)

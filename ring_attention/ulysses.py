@@ -21,11 +21,14 @@ from torch import Tensor
 
 from . import trace
 from .buffers import Lease
+from .events import Phase
+from .groups import register
 from .layout import Layout
 from .merged import rows_of
 from .ops import empty_output
 from .rank_plan import Plan
-from .ring import Message, Subring, Transport, register
+from .ring import Message, Transport
+from .subring import Subring
 
 _FEW_RANGES = 16
 
@@ -57,7 +60,7 @@ def ring_of(plan: Plan, transport: Transport) -> Transport:
 class _Exchange:
     """One all-to-all in a Ulysses group: a message to and from every other member."""
 
-    def __init__(self, plan: Plan, transport: Transport, phase: trace.Phase) -> None:
+    def __init__(self, plan: Plan, transport: Transport, phase: Phase) -> None:
         self._transport, self._phase = transport, phase
         self._first = transport.rank - transport.rank % plan.ulysses
         self._others = [m for m in range(plan.ulysses) if self._first + m != transport.rank]
@@ -111,7 +114,7 @@ def _views(lease: Lease, shapes: Sequence[torch.Size], like: Sequence[Tensor]) -
 
 
 def _spread(
-    plan: Plan, transport: Transport, phase: trace.Phase, layouts: Sequence[Layout], *own: Tensor
+    plan: Plan, transport: Transport, phase: Phase, layouts: Sequence[Layout], *own: Tensor
 ) -> list[Tensor]:
     """Own rows of all heads [B, H, S, ...] to all rows of own heads [B, H / degree, S', ...]."""
     degree, place = plan.ulysses, transport.rank % plan.ulysses
@@ -153,7 +156,7 @@ def _spread(
 def _gather(
     plan: Plan,
     transport: Transport,
-    phase: trace.Phase,
+    phase: Phase,
     layouts: Sequence[Layout],
     wholes: Sequence[Tensor],
     into: Sequence[Tensor],

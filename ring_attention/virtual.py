@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import agreement
-from .ring import Message, Pending, RingError, Transport, pack, register, timeout_s
+from .groups import register
+from .ring import Message, Pending, RingError, Transport, pack, timeout_s
 
 T = TypeVar("T")
 _worlds = itertools.count()

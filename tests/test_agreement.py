@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from ranks import pool
 from ring_attention import agree, attention
+from ring_attention.groups import transport_of
 from ring_attention.layout import Contiguous, Striped, Zigzag
 from ring_attention.mask import Causal, Full, Window
 from ring_attention.plan import plan
-from ring_attention.ring import RingError, transport_of
+from ring_attention.ring import RingError
 from ring_attention.virtual import run_virtual
 
 LENGTH = 24

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import (
 )
 
 from ring_attention import agree, attention, registry, trace
+from ring_attention.groups import transport_of
 from ring_attention.layout import Contiguous, Zigzag
 from ring_attention.mask import Causal, Full
 from ring_attention.plan import plan
-from ring_attention.ring import transport_of
 from ring_attention.virtual import run_virtual
 from ring_cases import Case, Results, assert_exact, error, join, run_rank
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ring_attention.layout_base
 import ring_attention.layout_documents
+from ring_attention.groups import rank_of
 from ring_attention.layout import (
     LAYOUTS,
     Contiguous,
@@ -31,7 +32,6 @@ from ring_attention.layout import (
 )
 from ring_attention.mask import Causal, Documents, Full, Window
 from ring_attention.plan import plan
-from ring_attention.ring import rank_of
 from ring_attention.virtual import run_virtual
 from strategies import layouts
 

@@ -122,3 +122,10 @@ def test_nothing_is_copied_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="run it once before the capture"):
         DeviceCopy(torch.arange(3), torch.device("cuda", 0))
+
+
+def test_what_is_read_during_a_capture_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = DeviceCopy.__new__(DeviceCopy)  # as if made on a GPU
+    copy._tensor, copy.captured = SimpleNamespace(device=torch.device("cuda", 0)), False  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert copy.get() is copy._tensor and copy.captured

@@ -40,6 +40,17 @@ def test_interval_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again[0] is not one[0] and torch.equal(again[0], one[0])
 
 
+def test_what_a_graph_has_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = plan(Causal(), Striped(4096, 8), rank=7)
+    each = p.intervals(0)[0].untyped_storage().nbytes()
+    p.intervals(1)
+    next(iter(p._cache.kept.values())).copy.captured = True
+    monkeypatch.setattr(interval_cache, "INTERVAL_CACHE_BYTES", 3 * each)
+    for origin in range(1, 8):
+        p.intervals(origin)
+    assert [origin for origin, _, _ in p._cache.kept] == [0, 6, 7]
+
+
 def test_intervals_and_rows_are_moved_to_a_device_once() -> None:
     p = plan(Causal(), Striped(4096, 8), rank=7)
     device = torch.device("meta")

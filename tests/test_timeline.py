@@ -13,8 +13,9 @@ import torch
 
 from ring_attention import Causal, Full, Zigzag, attention, plan, run_virtual, trace
 from ring_attention.__main__ import main
-from ring_attention.timeline import Timeline, Writer, read
+from ring_attention.timeline import Timeline
 from ring_attention.trace import Event, Leg
+from ring_attention.trace_files import Writer, read
 
 LENGTH = 96
 

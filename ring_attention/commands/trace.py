@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..timeline import Timeline, read
+from ..timeline import Timeline
+from ..trace_files import read
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
