@@ -64,9 +64,7 @@ class Rank:
         out, into = (torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2))
         rates, taken = [], []
         for _ in range(8):
-            dist.barrier()
-            time.sleep(0.05)
-            dist.barrier()
+            self._start_together()
             start_s, cpu_s = time.monotonic(), time.process_time()
             works = [
                 dist.irecv(into, (self.rank - 1) % self.size),

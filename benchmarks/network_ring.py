@@ -19,7 +19,7 @@ from network_rank import Shape
 
 
 class Ring:
-    """The launcher's side: all ranks of a ring, on links it can shape."""
+    """The ranks' processes: asked together, and all answer."""
 
     def __init__(self, links: Links, size: int, shape: Shape, folder: str) -> None:
         self.links, self.size, self.shape, self.folder = links, size, shape, folder
