@@ -6,6 +6,8 @@ from typing import Any
 
 from break_even import HIDDEN
 
+TICKS = (250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000)
+
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Waiting against shard length, a panel per direction and mask, a colour per bandwidth."""
@@ -31,6 +33,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.axvline(row["predicted_tokens"], color=color, lw=1, ls=":")
         panel.axhline(100 * HIDDEN, color="#9aa5b1", lw=1)
         panel.set_xscale("log")
+        low, high = panel.get_xlim()
+        ticks = [tokens for tokens in TICKS if low <= tokens <= high]
+        panel.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+        panel.minorticks_off()
         panel.set_title(f"{kind[0]}, {kind[1]}", loc="left", weight="bold")
         panel.set_xlabel("tokens per rank")
         panel.spines[["top", "right"]].set_visible(False)
