@@ -8,7 +8,7 @@
 #   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
-#   make vm-full the same for every parameter and five seeds; hours
+#   make vm-full the same for every parameter and five seeds; hours, with -j2 half as many
 #   make mutants how many single changes of the CUDA kernels those tests notice; long
 #   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #
@@ -44,13 +44,21 @@ UNSANITIZED = --deselect 'tests/test_ops_isa.py::test_isa'
 
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
-# A build whose ISA table has the row ptx-sm80, see tests/ptxvm.
+# A build whose ISA table has the row ptx-sm80, see tests/ptxvm. Its kernels: 1 compiles PTX alone,
+# half the work of every GPU, which is what one wants after a change; build/cuda links the objects
+# of `make cuda`, which hold the PTX too, so that nvcc runs once for both.
 VM = build/ptxvm
+PTXVM ?= 1
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
+# The runs of vm-full, SEED-KIB and one with the other backward: a log each, of those that passed.
+FULL = $(VM)/full
+SEEDS ?= 1 2 3 4 5
+FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
+TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
-.PHONY: demo test check sanitize cuda vm vm-full vm-build mutants calibrate bench clean prerequisites
+.PHONY: demo test check sanitize cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -79,23 +87,33 @@ ifeq ($(NVCC),)
 cuda vm vm-full mutants calibrate:
 	@echo "make $@: skipped, there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
 else
+cuda: cuda-build
+	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
+
 # The log is added to, since only what has changed is compiled: the last word on a kernel counts.
-cuda: $(VENV)/built
+cuda-build: $(VENV)/built
 	@mkdir -p $(CUDA_BUILD)
 	RING_ATTENTION_CUDA=only $(BIN)/python setup.py --quiet build --build-base $(CUDA_BUILD) --build-lib $(CUDA_BUILD)/lib \
 	    >> $(CUDA_BUILD)/log 2>&1 || { tail -n 40 $(CUDA_BUILD)/log; exit 1; }
-	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
 
 vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
 	$(BIN)/python -m pytest tests/test_ptxvm.py -k form
 
-vm-full: vm-build
-	for seed in 1 2 3 4 5; do for smem in 163 99; do \
-	    $(ON_VM) RING_ATTENTION_PTXVM_SEED=$$seed RING_ATTENTION_PTXVM_SMEM=$$smem \
-	    $(VM_TESTS) --every-parameter $(ARGS) || exit 1; done; done
-	$(ON_VM) RING_ATTENTION_CUDA_BACKWARD=atomic $(VM_TESTS) --every-parameter \
-	    -k "error_is_at_most or heads or head_dim or any_problem" $(ARGS)
+# Broken off and called again, it goes on with the runs that have not passed since the last change.
+vm-full: $(FULL_LOGS)
+	@for log in $(FULL_LOGS); do \
+	    echo "$$(basename $$log .log): $$(tail -n 1 $$log | tr -d =)"; done | tee $(FULL)/summary
+
+FULL_RUN = $(ON_VM) $(FULL_SETTINGS) $(VM_TESTS) --every-parameter $(FULL_CHOICE) $(ARGS)
+$(FULL)/%.log: FULL_SETTINGS = RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*)) \
+    RING_ATTENTION_PTXVM_SMEM=$(lastword $(subst -, ,$*))
+$(FULL)/atomic.log: FULL_SETTINGS = RING_ATTENTION_CUDA_BACKWARD=atomic
+$(FULL)/atomic.log: FULL_CHOICE = -k "error_is_at_most or heads or head_dim or any_problem"
+$(FULL)/%.log: $(TESTED) | vm-build
+	@mkdir -p $(FULL)
+	$(FULL_RUN) > $@.part 2>&1 || { tail -n 40 $@.part; exit 1; }
+	@mv $@.part $@
 
 mutants: vm-build
 	$(ON_VM) $(BIN)/python tests/ptxvm/mutants.py $(ARGS)
@@ -103,8 +121,9 @@ mutants: vm-build
 calibrate: $(VENV)/tools
 	$(BIN)/python tests/ptxvm/calibrate.py
 
-vm-build: $(VENV)/built
-	RING_ATTENTION_PTXVM=1 $(BIN)/python setup.py --quiet build --build-base $(VM) --build-lib $(VM)/lib
+vm-build: $(VENV)/built $(if $(filter $(CUDA_BUILD),$(PTXVM)),cuda-build)
+	RING_ATTENTION_CUDA=0 RING_ATTENTION_PTXVM=$(PTXVM) $(BIN)/python setup.py --quiet build \
+	    --build-base $(VM) --build-lib $(VM)/lib
 endif
 
 bench: $(VENV)/built

@@ -7,6 +7,11 @@ _planner  the planner, a pybind11 module without torch
 
 RING_ATTENTION_CUDA=1 builds _C_cuda, 0 does not, "only" builds nothing else; unset, it is built
 where nvcc and a torch with CUDA are. Whether this machine has a GPU does not matter.
+RING_ATTENTION_LINES=1 leaves source lines in its machine code, for profilers and compute-sanitizer.
+
+For tests, RING_ATTENTION_PTXVM=1 builds another _C, whose ISA table has the CUDA kernels, their PTX
+interpreted (tests/ptxvm). nvcc compiles PTX alone then, or nothing: RING_ATTENTION_PTXVM=build/cuda
+takes the kernels that a build with RING_ATTENTION_CUDA=only left in that folder.
 """
 
 import os
@@ -32,12 +37,16 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",
 ]
-# -v: registers and spills, for tests/test_cuda_build.py.
+# -v: registers and spills, for tests/test_cuda_build.py. -lineinfo is for the virtual GPU, which
+# reads it in the PTX.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += ["-Werror=all-warnings", "-Xptxas=-v,--warning-as-error"]
+# Lines in machine code come with copies of the PTX, and make the library three times as large.
+NO_LINES = ["-Xptxas=-suppress-debug-info"]
 # One PTX for all GPUS, that which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
 GPUS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 PTX = "compute_80"  # for whatever comes later
+READABLE = ["--compress-mode=none"]  # PTX as the virtual GPU reads it
 # For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -60,11 +69,19 @@ def sources(*patterns: str) -> list[str]:
 def cuda() -> tuple[bool, str]:
     """Whether to build _C_cuda, and why."""
     asked = setting("RING_ATTENTION_CUDA", "only")
-    if asked not in (None, "0") and CUDA_HOME is None:
+    if PTXVM is not None and asked in ("1", "only"):
         raise SystemExit(
-            f"ring_attention: expected nvcc with RING_ATTENTION_CUDA={asked}, found none; install "
-            "the CUDA toolkit, set CUDA_HOME, or set RING_ATTENTION_CUDA=0"
+            f"ring_attention: expected RING_ATTENTION_CUDA unset or 0 with RING_ATTENTION_PTXVM="
+            f"{PTXVM}, got {asked!r}; that test build has no _C_cuda, build it by itself"
         )
+    for name, value in ("CUDA", asked), ("PTXVM", PTXVM):
+        if value not in (None, "0") and CUDA_HOME is None:
+            raise SystemExit(
+                f"ring_attention: expected nvcc with RING_ATTENTION_{name}={value}, found none; "
+                f"install the CUDA toolkit, set CUDA_HOME, or set RING_ATTENTION_{name}=0"
+            )
+    if PTXVM is not None:
+        return False, f"RING_ATTENTION_PTXVM={PTXVM}"
     if asked is not None:
         return asked != "0", f"RING_ATTENTION_CUDA={asked}"
     if torch.version.cuda is None:
@@ -72,17 +89,28 @@ def cuda() -> tuple[bool, str]:
     return CUDA_HOME is not None, f"nvcc in {CUDA_HOME}" if CUDA_HOME else "no nvcc found"
 
 
+def objects(build: str) -> list[str]:
+    """The kernels' objects in the folder of a build with RING_ATTENTION_CUDA=only."""
+    found = sorted(map(str, Path(build).glob("temp*/csrc/cuda/**/*.o")))
+    if len(found) != len(KERNELS):
+        raise SystemExit(
+            f"ring_attention: expected {len(KERNELS)} objects of kernels in RING_ATTENTION_PTXVM="
+            f"{build}, found {len(found)}; make cuda, or set RING_ATTENTION_PTXVM=1"
+        )
+    return found
+
+
 def extension(
     make: Callable[..., Extension], name: str, files: list[str], **flags: list[str]
 ) -> Extension:
-    nvcc = [*NVCC_FLAGS, *flags.get("nvcc", [])] + [
-        f"-gencode=arch={PTX},code={gpu}" for gpu in flags.get("gpus", [])
-    ]
+    nvcc = [*NVCC_FLAGS, *([] if LINES else NO_LINES), *flags.get("nvcc", [])]
+    nvcc += [f"-gencode=arch={PTX},code={gpu}" for gpu in flags.get("gpus", [])]
     made = make(
         f"ring_attention.{name}",
         files,
         include_dirs=[str(ROOT / "csrc"), *flags.get("include_dirs", [])],
-        depends=sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/ptxvm/**/*.h"),
+        depends=[*HEADERS, *flags.get("extra_objects", [])],
+        extra_objects=flags.get("extra_objects", []),
         extra_compile_args={"cxx": [*COMPILE, *flags.get("cxx", [])], "nvcc": nvcc},
         extra_link_args=SANITIZERS if SANITIZE else [],
         language="c++",
@@ -93,9 +121,14 @@ def extension(
 
 
 SANITIZE = setting("RING_ATTENTION_SANITIZE") == "1"
-# For `make vm`: the CUDA kernels are a row of the ISA table, their PTX interpreted. No _C_cuda.
-PTXVM = setting("RING_ATTENTION_PTXVM") == "1"
-CUDA, why = (False, "RING_ATTENTION_PTXVM=1") if PTXVM else cuda()
+LINES = setting("RING_ATTENTION_LINES") == "1"
+# For `make vm`. None: an ordinary build.
+PTXVM = os.environ.get("RING_ATTENTION_PTXVM", "0")
+PTXVM = None if PTXVM == "0" else PTXVM
+KERNELS = sources("csrc/cuda/**/*.cu")
+HEADERS = sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/ptxvm/**/*.h")
+CUDA, why = cuda()
+ONLY_CUDA = os.environ.get("RING_ATTENTION_CUDA") == "only"  # for `make cuda`
 COMPILE = [*FLAGS, *(SANITIZER_FLAGS if SANITIZE else ["-O3"])]
 modules: list[Any] = [
     extension(
@@ -107,14 +140,15 @@ modules: list[Any] = [
 ]
 if PTXVM:
     files = ["csrc/ops.cpp", *(f"csrc/cpu/{x}.cpp" for x in ("dispatch", "isa_scalar", "state"))]
-    files += sources("csrc/cuda/**/*.cu", "tests/ptxvm/*.cpp", "tests/ptxvm/[ir]*/*.cpp")
+    files += sources("tests/ptxvm/*.cpp", "tests/ptxvm/[ir]*/*.cpp")
     modules.append(
         extension(
             CUDAExtension,
             "_C",
-            files,
+            files + (KERNELS if PTXVM == "1" else []),
+            extra_objects=[] if PTXVM == "1" else objects(PTXVM),
             cxx=[TORCH_TARGET, "-DRA_PTXVM"],
-            nvcc=["--compress-mode=none"],
+            nvcc=READABLE,
             gpus=[PTX],
             libraries=["torch_cpu", "torch"],  # no CUDA runtime: the interpreter brings its own
         )
@@ -127,13 +161,14 @@ if CUDA:
         extension(
             CUDAExtension,
             "_C_cuda",
-            sources("csrc/ops_cuda.cpp", "csrc/cuda/**/*.cu"),
+            ["csrc/ops_cuda.cpp", *KERNELS],
             cxx=[TORCH_TARGET, "-DUSE_CUDA"],
+            nvcc=READABLE if ONLY_CUDA else [],
             gpus=[*GPUS, PTX],
             libraries=["torch_cuda", "torch_cpu", "torch", "cudart_static", "rt", "dl", "pthread"],
         )
     )
-if setting("RING_ATTENTION_CUDA", "only") == "only":  # for `make cuda`
+if ONLY_CUDA:
     modules = modules[-1:]
 names = ", ".join(module.name.split(".")[1] for module in modules)
 print(f"ring_attention: building {names} ({why}){', with sanitizers' if SANITIZE else ''}")

@@ -79,6 +79,12 @@ def one_row_sees(batch: int, q_len: int, k_len: int) -> Interval:
     return begin, torch.where((begin == 0) & (end == k_len), 0, end)
 
 
+def shifted(batch: int, q_len: int, k_len: int) -> Interval:
+    """A stretch that begins and ends at another place of a tile of keys in each sample."""
+    begin = (5 + 12 * torch.arange(batch)[:, None]).expand(batch, q_len)
+    return stacked((begin, begin + 75))
+
+
 def turns(batch: int, q_len: int, k_len: int) -> Interval:
     """Some rows see all keys by their first interval, the others a few by their second."""
     rows = torch.arange(q_len)[None]
@@ -103,6 +109,13 @@ def rising_gap(batch: int, q_len: int, k_len: int) -> Interval:
 def falling_gap(batch: int, q_len: int, k_len: int) -> Interval:
     begin, end = rising_gap(batch, q_len, k_len)
     return begin.flip(-1), end.flip(-1)
+
+
+def jumps(batch: int, q_len: int, k_len: int) -> Interval:
+    """A short stretch, but an earlier one for 24 rows: those before row 32, 64, ... by sample."""
+    rows = torch.arange(q_len)[None]
+    early = (rows // 32 == torch.arange(batch)[:, None]) & (rows % 32 >= 8)
+    return stacked((torch.where(early, 0, 67), torch.where(early, 3, 70)))
 
 
 GAPS = [moving_gap, rising_gap, falling_gap]

@@ -171,6 +171,23 @@ def new_output(p: Problem) -> tuple[Tensor, Tensor]:
     return out, torch.full(p.q.shape[:3], math.nan, dtype=ops.state_dtype(p.q.dtype))
 
 
+def any_state(p: Problem) -> State:
+    """As earlier keys may have left it: a quarter empty, references far from what scores are."""
+    rows, state = p.q.shape[:3], ops.state_dtype(p.q.dtype)
+    seen = torch.rand(rows) > 0.25
+    m = torch.empty(rows).uniform_(-300, 300).masked_fill(~seen, -math.inf)
+    l = torch.exp2(24 * torch.rand(rows)) * seen  # noqa: E741
+    acc = torch.randn(*rows, p.v.shape[3]) * l[..., None]
+    return acc.to(state), m.to(state), l.to(state)
+
+
+def after(p: Problem, state: State) -> reference.State:
+    """The state, in float64, after all keys."""
+    before = reference.State(*(x.double() for x in state))
+    q, k, v = (x.double() for x in (p.q, p.k, p.v))
+    return reference.fold(before, q, k, v, p.visible, scale=p.scale, softcap=p.softcap)
+
+
 def blocks(p: Problem, cuts: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """K/V cut at `cuts`, with each block's local intervals."""
     edges = [0, *cuts, p.k.shape[2]]

@@ -15,11 +15,13 @@ from intervals import (
     causal,
     each_mask,
     full,
+    jumps,
     one_row_differs,
     one_row_sees,
     padded,
     scattered,
     scattered_pairs,
+    shifted,
     turns,
 )
 from problems import each_dtype, each_low, long, ours, problem
@@ -58,13 +60,30 @@ def test_keys_no_row_sees_do_not_count(mask: Any, garbage: float, dtype: torch.d
 
 @pytest.mark.isa
 @each_low
-@pytest.mark.parametrize("mask", [one_row_differs, one_row_sees, turns], ids=lambda m: m.__name__)
+def test_keys_between_any_two_rows_do_not_count(dtype: torch.dtype) -> None:
+    """Each gap lies between other rows of a tile of 128, 32 of which see keys that no others do."""
+    p = problem(dtype, jumps, batch=4, heads=1, kv_heads=1, q_len=128, k_len=90)
+    unseen = ~p.visible.any(dim=1)
+    assert unseen[:, 10:60].all()
+    for x in (p.k, p.v):
+        x.masked_fill_(unseen[:, None, :, None], math.nan)
+    dirty = ours(p)
+    for x in (p.k, p.v):
+        x.nan_to_num_(nan=0.0)
+    for a, b in zip(dirty, ours(p), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.isa
+@each_low
+@pytest.mark.parametrize(
+    "mask", [one_row_differs, one_row_sees, shifted, turns], ids=lambda m: m.__name__
+)
 def test_what_is_found_out_about_many_rows(mask: Any, dtype: torch.dtype) -> None:
     """Which keys some rows see, and which all: reductions over rows, whose every step counts."""
-    shape = {"heads": 1, "kv_heads": 1, "q_len": 40, "k_len": 128}
-    if mask is turns:
-        shape |= {"q_len": 130, "k_len": 150}
-    assert_matches_reference(problem(dtype, mask, batch=2 if mask is turns else 12, **shape))
+    batch, q_len, k_len = {shifted: (6, 40, 150), turns: (2, 130, 150)}.get(mask, (12, 40, 128))
+    shape = {"batch": batch, "q_len": q_len, "k_len": k_len}
+    assert_matches_reference(problem(dtype, mask, heads=1, kv_heads=1, **shape))
 
 
 @pytest.mark.isa
@@ -144,10 +163,11 @@ def test_bounds_are_clamped(dtype: torch.dtype) -> None:
 
 @pytest.mark.isa
 @each_dtype
-@pytest.mark.parametrize("sign", [1, -1])
-def test_rising_and_falling_scores(sign: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("sign", "softcap"), [(1, 0.0), (-1, 0.0), (1, 50.0)])
+def test_rising_and_falling_scores(sign: int, softcap: float, dtype: torch.dtype) -> None:
     """Every key beats all before it: a running maximum must move, and old weight must vanish."""
-    p = problem(dtype, causal, q_len=150, k_len=150, scale=1.0, heads=2, kv_heads=2)
+    shape = {"q_len": 150, "k_len": 150, "heads": 2, "kv_heads": 2}
+    p = problem(dtype, causal, scale=1.0, softcap=softcap, **shape)
     rise = torch.linspace(0, 60, 150) * sign
     p.q[...] = 0.125
     p.k[...] = (rise[:, None] * 8 / 32).to(dtype)

@@ -70,7 +70,8 @@ def test_finish_is_the_last_fold(dtype: torch.dtype) -> None:
     spread = torch.full((2, 37, 4, 40), 7.0, dtype=dtype).transpose(1, 2)[..., 4:36]
     ops.finish_(*kept, spread, output[1])
     assert torch.equal(spread, output[0])
-    assert (spread._base is not None) and (spread._base[..., :4] == 7).all()
+    assert spread._base is not None
+    assert (spread._base[..., :4] == 7).all() and (spread._base[..., 36:] == 7).all()
 
 
 @pytest.mark.isa

@@ -82,6 +82,6 @@ def test_no_form_without_a_calibrator(unit: Path) -> None:
     """Each instruction form of our kernels was executed by a calibrator or by a unit kernel."""
     ours = forms.of_our_kernels()
     if not ours:
-        pytest.skip("build/ptxvm has no kernels: make vm")
+        pytest.skip("no kernels have been compiled: make vm")
     covered = forms.calibrated() | set(lines_of(unit, "--forms"))
     assert len(ours) > 100 and not ours - covered

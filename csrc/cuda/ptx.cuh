@@ -60,6 +60,11 @@ RA_DEVICE uint4 load_shared_16(uint32_t from) {
                : "memory");
   return x;
 }
+RA_DEVICE float load_shared_4(uint32_t from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(from) : "memory");
+  return x;
+}
 RA_DEVICE float2 load_shared_8(uint32_t from) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
@@ -98,6 +103,12 @@ RA_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
+}
+// fminf would take the number of a number and a NaN.
+RA_DEVICE float min_or_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 // Two floats rounded to 16 bits each, `low` in the low half.
 RA_DEVICE uint32_t pack_bf16(float low, float high) {

@@ -6,24 +6,27 @@
 // Note [swizzle]. A row is cut into chunks of 16 bytes. ldmatrix reads eight rows at the same
 // column, cp.async writes a row's neighbouring chunks: neither may meet the same banks twice. So
 // chunk c of row r lies at chunk c ^ (r mod 8) of its row, where rows fill 128 bytes or a multiple;
-// at c ^ (r / 2 mod 4) where they fill 64 bytes more than that.
+// at c ^ (r / 2 mod 4) where they fill 64 bytes more than that, at c ^ (r / 4 mod 2) where 32.
 #pragma once
 
 #include "elements.cuh"
 
 namespace ring_attention::cuda {
 
-// kDim: columns, a multiple of 32. All numbers a lane needs are of the form
+// kDim: columns, 16 or a multiple of 32. All numbers a lane needs are of the form
 // (lane's own number ^ constant) + constant.
 template <int kDim>
 struct TileLayout {
   static constexpr int kChunks = kDim / 8;
-  static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;  // chunks that the swizzle permutes
+  // Chunks that the swizzle permutes.
+  static constexpr int kGroup = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
   static constexpr int kRowBytes = kDim * 2;
-  static_assert(kDim % 32 == 0);
+  static_assert(kDim % 32 == 0 || kDim == 16);
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
-  static RA_DEVICE int swizzle(int row) { return kGroup == 8 ? row & 7 : row >> 1 & 3; }
+  static RA_DEVICE int swizzle(int row) {
+    return row >> (kGroup == 8 ? 0 : kGroup == 4 ? 1 : 2) & (kGroup - 1);
+  }
   // Of chunk `chunk` of row `row`.
   static RA_DEVICE uint32_t offset(int row, int chunk) {
     return row * kRowBytes + (chunk / kGroup * kGroup + ((chunk ^ swizzle(row)) % kGroup)) * 16;
@@ -73,9 +76,9 @@ template <int kDim>
 struct ColumnOperand {
   uint32_t lane;
 
-  RA_DEVICE explicit ColumnOperand(uint32_t tile, int first_row = 0) {
+  RA_DEVICE explicit ColumnOperand(uint32_t tile, int first_row = 0, int first_column = 0) {
     const int l = threadIdx.x % 32;
-    lane = tile + TileLayout<kDim>::offset(first_row + l % 16, l / 16);
+    lane = tile + TileLayout<kDim>::offset(first_row + l % 16, first_column / 8 + l / 16);
   }
   RA_DEVICE void load(uint32_t (&b)[4], int row, int column) const {
     ldmatrix_x4_trans(
@@ -124,6 +127,25 @@ struct TileCopy {
       const int i = from + r;
       return begin <= i && i < end ? data + i * stride : nullptr;
     });
+  }
+
+  // The same with fewer instructions: the address steps from row to row.
+  template <int kRows>
+  static RA_DEVICE void stepped_rows(uint32_t tile, const char* data, int64_t stride, int from,
+                                     int begin, int end, int dim) {
+    const uint32_t to = tile + Layout::offset(row(), chunk());
+    const int first = from + row() - begin, count = end - begin;
+    const char* at = data + (from + row()) * stride + chunk() * 16;
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep, at += kStep * stride) {
+      if (kRows % kStep != 0 && r + row() >= kRows) break;
+      const bool there = static_cast<unsigned>(first + r) < static_cast<unsigned>(count);
+#pragma unroll
+      for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
+        const int bytes = there && (c + chunk()) * 8 < dim ? 16 : 0;
+        cp_async_16(to + r * Layout::kRowBytes + c * 16, at + c * 16, bytes);
+      }
+    }
   }
 };
 

@@ -19,7 +19,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 // From q.k to scores in log2 units: scaled, or c tanh(scale q.k / c). A score is rounded before a
 // reference is subtracted from it (never contracted to a fused multiply-add), so that the largest
-// has P = 1 exactly, however large it is, and alike in the forward and in the backward.
+// has P = 1 exactly, however large it is; alike in the forward and in float32's backward.
 struct ScoreScale {
   float scale;   // without softcap
   float slope;   // with it: scale / softcap,

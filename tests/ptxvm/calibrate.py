@@ -42,8 +42,11 @@ FLAGS = ["-std=c++17", "-O3", "-w"]
 def fetch() -> None:
     """Downloads and unpacks what is not there yet."""
     BUILD.mkdir(parents=True, exist_ok=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet"]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(BUILD)]
     if not FLASH_SOURCES.exists():
+        # To download a source distribution pip asks its setup.py for its name, which takes psutil.
+        subprocess.run([*install, "psutil"], check=True)
         options = ["--no-binary", ":all:", "--no-build-isolation"]
         subprocess.run([*pip, *options, FLASH.replace("_", "-").replace("n-2", "n==2")], check=True)
         with tarfile.open(BUILD / f"{FLASH}.tar.gz") as archive:

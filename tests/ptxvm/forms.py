@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Instruction forms, an opcode with all its words: which the kernels use, and who vouches for them.
 
-    python tests/ptxvm/forms.py      lists those of build/ptxvm that no calibrator covers
+    python tests/ptxvm/forms.py      lists those of our kernels that no calibrator covers
 
 A form is covered by a calibrator that executed it (calibrated_forms.txt, written by calibrate.py)
 or by a unit kernel with a known answer.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RECORD = HERE / "calibrated_forms.txt"
-KERNELS = HERE.parents[1] / "build" / "ptxvm"
+BUILDS = [HERE.parents[1] / "build" / name for name in ("ptxvm", "cuda")]
 _STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+(?:::\w+)?)*)(?=\s|$)")
 
 
@@ -34,8 +34,10 @@ def in_objects(paths: Iterable[Path]) -> set[str]:
 
 
 def of_our_kernels() -> set[str]:
-    """Those in the build of `make vm`; none if there is no build."""
-    return in_objects(sorted(KERNELS.glob("temp*/csrc/cuda/**/*.o")))
+    """Those that `make vm` or `make cuda` compiled last; none if there is no build."""
+    builds = [sorted(build.glob("temp*/csrc/cuda/**/*.o")) for build in BUILDS]
+    newest = [max((x.stat().st_mtime for x in objects), default=0.0) for objects in builds]
+    return in_objects(builds[newest.index(max(newest))])
 
 
 def calibrated() -> set[str]:

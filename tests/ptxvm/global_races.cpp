@@ -41,24 +41,33 @@ std::string thread_name(uint32_t other) {
 
 void GlobalRaces::start_launch() {
   ++launch_;
-  readers_.clear();
   if (pages_.size() > 65536) pages_.clear();  // 256 MB of device memory's worth
-  last_number_ = ~uint64_t{0};
+  std::fill(std::begin(recent_), std::end(recent_), nullptr);
 }
 
-GlobalRaces::Cell* GlobalRaces::cells(uint64_t address) {
+GlobalRaces::Page& GlobalRaces::page_of(uint64_t address) {
   const uint64_t number = address >> kPageShift;
-  if (number != last_number_) {
+  Page*& recent = recent_[number % kRecent];
+  if (recent == nullptr || recent->number != number) {
     std::unique_ptr<Page>& page = pages_[number];
     if (page == nullptr) page = std::make_unique<Page>();
     if (page->launch != launch_) {
       std::fill(std::begin(page->cells), std::end(page->cells), Cell{});
+      page->readers.clear();
+      page->number = number;
       page->launch = launch_;
     }
-    last_number_ = number;
-    last_page_ = page.get();
+    recent = page.get();
   }
-  return last_page_->cells + (address >> 1) % kCellsPerPage;
+  return *recent;
+}
+
+template <typename Visit>
+void GlobalRaces::for_cells(uint64_t address, uint32_t bytes, const Visit& visit) {
+  Page& page = page_of(address);
+  Cell* cell = page.cells + address / 2 % kCellsPerPage;
+  for (Cell* const end = cell + (address % 2 + bytes + 1) / 2; cell < end; ++cell)
+    visit(page, *cell);
 }
 
 void GlobalRaces::check_writer(const Accessor& by, uint32_t block, const Cell& cell,
@@ -77,8 +86,8 @@ void GlobalRaces::check_writer(const Accessor& by, uint32_t block, const Cell& c
                 by.lane);
 }
 
-void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& cell,
-                                uint64_t address, bool bytewise) {
+void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Page& page,
+                                const Cell& cell, bool bytewise) {
   const uint32_t reader = cell.read_block & kBlock;
   if (reader == 0) return;
   if (reader != block || (cell.read_block & kOthers) != 0)
@@ -90,7 +99,10 @@ void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& 
   uint32_t racing = cell.read_who;
   bool race = !ordered(by, racing, bytewise);
   if ((cell.read_block & kSeveral) != 0) {
-    for (uint32_t other : readers_[address >> 1]) {
+    const size_t warps = by.clock.known.size();
+    const uint32_t* readers = page.readers.data() + (&cell - page.cells) * warps;
+    for (size_t warp = 0; warp < warps; ++warp) {
+      const uint32_t other = readers[warp];
       if (other == 0 || ordered(by, other, bytewise)) continue;
       race = true;
       racing = other;
@@ -102,7 +114,7 @@ void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Cell& 
                 by.lane);
 }
 
-void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uint64_t address) {
+void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Page& page, Cell& cell) {
   const uint32_t me = who(by);
   if ((cell.read_block & kBlock) != block) {
     cell.read_block = block | (cell.read_block != 0 ? kOthers : 0);
@@ -114,10 +126,12 @@ void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uin
     cell.read_who = me;  // whoever is ordered after me is ordered after the other
     return;
   }
-  std::vector<uint32_t>& readers = readers_[address >> 1];
+  const size_t warps = by.clock.known.size();
+  if (page.readers.empty()) page.readers.resize(kCellsPerPage * warps);
+  uint32_t* readers = page.readers.data() + (&cell - page.cells) * warps;
   if ((cell.read_block & kSeveral) == 0) {
     cell.read_block |= kSeveral;
-    readers.assign(by.clock.known.size(), 0);
+    std::fill_n(readers, warps, 0);
   }
   for (uint32_t other : {cell.read_who, me})
     readers[(other & ((1 << kThreadBits) - 1)) / kLanes] = other;
@@ -125,31 +139,32 @@ void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Cell& cell, uin
 }
 
 void GlobalRaces::read(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
-  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
-    Cell& cell = *cells(at);
+  const uint32_t me = who(by);
+  for_cells(address, bytes, [&](Page& page, Cell& cell) {
     if (cell.write_block != 0) check_writer(by, block + 1, cell, "load of", bytes == 1);
-    set_reader(by, block + 1, cell, at);
-  }
+    if ((cell.read_block & kBlock) != block + 1 || cell.read_who != me)
+      set_reader(by, block + 1, page, cell);
+  });
 }
 
 void GlobalRaces::write(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
-  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
-    Cell& cell = *cells(at);
-    check_writer(by, block + 1, cell, "store over", bytes == 1);
-    check_readers(by, block + 1, cell, at, bytes == 1);
+  const uint32_t me = who(by);
+  for_cells(address, bytes, [&](Page& page, Cell& cell) {
+    if (cell.write_block != 0) check_writer(by, block + 1, cell, "store over", bytes == 1);
+    if (cell.read_block != 0) check_readers(by, block + 1, page, cell, bytes == 1);
     cell.write_block = block + 1;
-    cell.write_who = who(by);
-  }
+    cell.write_who = me;
+  });
 }
 
 void GlobalRaces::atomic(const Accessor& by, uint32_t block, uint64_t address, uint32_t bytes) {
-  for (uint64_t at = address & ~uint64_t{1}; at < address + bytes; at += 2) {
-    Cell& cell = *cells(at);
+  const uint32_t me = who(by);
+  for_cells(address, bytes, [&](Page& page, Cell& cell) {
     if ((cell.write_block & kAtomic) == 0) check_writer(by, block + 1, cell, "atomic on", false);
-    check_readers(by, block + 1, cell, at, false);
+    if (cell.read_block != 0) check_readers(by, block + 1, page, cell, false);
     cell.write_block = (block + 1) | kAtomic;
-    cell.write_who = who(by);
-  }
+    cell.write_who = me;
+  });
 }
 
 }  // namespace ptxvm

@@ -31,23 +31,26 @@ class GlobalRaces {
   };
   static constexpr uint32_t kPageShift = 12, kCellsPerPage = 1 << (kPageShift - 1);
   struct Page {
-    uint64_t launch = 0;
+    uint64_t number = ~uint64_t{0}, launch = 0;
     Cell cells[kCellsPerPage];
+    // Of cells that several warps of one block read, in epochs that are not ordered: who, by warp.
+    std::vector<uint32_t> readers;
   };
 
-  Cell* cells(uint64_t address);
+  Page& page_of(uint64_t address);
+  // An access is aligned and so within a page: visits its cells.
+  template <typename Visit>
+  void for_cells(uint64_t address, uint32_t bytes, const Visit& visit);
   void check_writer(const Accessor& by, uint32_t block, const Cell& cell, const char* what,
                     bool bytewise);
-  void check_readers(const Accessor& by, uint32_t block, const Cell& cell, uint64_t address,
+  void check_readers(const Accessor& by, uint32_t block, const Page& page, const Cell& cell,
                      bool bytewise);
-  void set_reader(const Accessor& by, uint32_t block, Cell& cell, uint64_t address);
+  void set_reader(const Accessor& by, uint32_t block, Page& page, Cell& cell);
 
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   uint64_t launch_ = 0;
-  uint64_t last_number_ = ~uint64_t{0};
-  Page* last_page_ = nullptr;
-  // Cells that several warps of one block read, in epochs that are not ordered: who by warp.
-  std::unordered_map<uint64_t, std::vector<uint32_t>> readers_;
+  static constexpr uint64_t kRecent = 64;
+  Page* recent_[kRecent]{};  // pages of this launch, by the low bits of their numbers
 };
 
 }  // namespace ptxvm

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "machine.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <cstring>
 #include <stdexcept>
 
@@ -9,6 +13,12 @@
 namespace ptxvm {
 
 Machine::Machine() {
+#ifdef __GLIBC__
+  // A launch takes some megabytes for its registers and races, and the next one takes them again:
+  // they are not to go back to the system in between.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most it may be
+  mallopt(M_TRIM_THRESHOLD, 512 << 20);
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
     throw std::runtime_error("ptxvm: the virtual GPU needs a CPU with AVX2 and FMA");

@@ -44,6 +44,8 @@ uint8_t* access_shared(Warp& warp, uint64_t address, uint32_t bytes, int lane, U
   return warp.block.shared(at);
 }
 
+}  // namespace
+
 uint8_t* access_global(Warp& warp, uint64_t address, uint32_t bytes, int lane, Use use) {
   Launch& launch = warp.block.launch;
   check_alignment(address, bytes, lane);
@@ -61,15 +63,10 @@ uint8_t* access_global(Warp& warp, uint64_t address, uint32_t bytes, int lane, U
   return reinterpret_cast<uint8_t*>(address);
 }
 
-}  // namespace
-
-uint32_t shared_address(Warp& warp, uint64_t address, uint32_t bytes, int lane) {
-  if (address - kSharedWindow < kWindowBytes) address -= kSharedWindow;
+void refuse_shared(Warp& warp, uint64_t address, uint32_t bytes, int lane) {
   check_alignment(address, bytes, lane);
-  const uint64_t end = kSharedBegin + warp.block.shared_bytes();
-  if (address < kSharedBegin || address >= end || bytes > end - address)
-    out_of_bounds("shared", address, bytes, kSharedBegin, end, lane);
-  return static_cast<uint32_t>(address);
+  out_of_bounds("shared", address, bytes, kSharedBegin, kSharedBegin + warp.block.shared_bytes(),
+                lane);
 }
 
 uint8_t* access_memory(Warp& warp, Space space, uint64_t address, uint32_t bytes, int lane,
@@ -123,6 +120,7 @@ Lanes<uint64_t> addresses(const Warp& warp, const Instruction& in, size_t slot) 
 // Shared memory has 32 banks of 4 bytes. Lanes go in groups that ask for 128 bytes; a group takes
 // as many passes as the most different units (of `bytes`, which are aligned) in the same banks.
 void count_passes(Warp& warp, const Lanes<uint64_t>& addresses, LaneMask lanes, uint32_t bytes) {
+  if (!warp.block.launch.checks.bank_conflicts) return;
   const int shift = std::countr_zero(std::max(bytes, 4u));
   const uint32_t group = 128u >> shift;
   Statistics& statistics = warp.block.launch.statistics;

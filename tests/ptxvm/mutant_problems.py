@@ -16,7 +16,7 @@ from torch import Tensor
 
 import intervals as masks
 from bounds import bounds
-from problems import Problem, problem, theirs
+from problems import Problem, new_output, problem, theirs
 
 
 @dataclass
@@ -69,6 +69,21 @@ def garbage(p: Problem) -> Problem:
     return replace(p, **{x: getattr(p, x).masked_fill(unseen, math.nan) for x in ("k", "v")})
 
 
+def into_garbage(p: Problem, write: Callable[[Tensor, Tensor], None], odd: int = 0) -> list[Tensor]:
+    """(out, lse) as written into larger tensors, of which nothing else may be written.
+
+    odd: 1 for rows of `out` that lie on no pair of elements.
+    """
+    out, lse = new_output(p)
+    b, h, q, d = out.shape
+    wide = out.new_full((b, h + 1, q + 2, d + 16 + odd), math.nan)
+    view = wide[:, 1:, 1:-1, 8 - odd : -8 - 2 * odd]
+    write(view, lse)
+    got = view.clone()
+    view.fill_(math.nan)
+    return [got if wide.isnan().all() else torch.full_like(got, math.nan), lse]
+
+
 def rising(p: Problem) -> Problem:
     """Scores that grow along the keys: the reference of the softmax must move."""
     k_len = p.k.shape[2]
@@ -86,6 +101,15 @@ def spikes(p: Problem) -> Problem:
     q[:, :, range(q.shape[2]), torch.arange(q.shape[2]) % min(dim, 64)] = 16.0
     size = 16.0 * (1 + torch.arange(len(directions)) // 64)
     k[:, :, range(len(directions)), directions] = size.to(k.dtype)
+    return replace(p, q=q, k=k)
+
+
+def apart(p: Problem) -> Problem:
+    """Five stretches of keys, scores 200 apart: they rise for one row and fall for the next."""
+    k_len = p.k.shape[2]
+    q, k = p.q.clone(), p.k.clone()
+    q[..., 0] = 16.0 * (-1.0) ** torch.arange(q.shape[2])
+    k[..., 0] = 200.0 * (5 * torch.arange(k_len) // k_len)
     return replace(p, q=q, k=k)
 
 
@@ -109,7 +133,8 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
         shape["q_len"] = min(q_len, drive.rows * kv_heads // heads)
         return problem(drive.dtype, mask, **{**shape, **more})
 
-    pairs = of(masks.scattered_pairs, 4, 2, 37, 53, batch=2, sinks=True)
+    # Three heads packed into a tile: no power of two, as its fragments' rows are.
+    pairs = of(masks.scattered_pairs, 6, 2, 37, 53, batch=2, sinks=True)
     pairs.sinks[1] = -math.inf  # none
     yield "pairs", (pairs, (20,))
     yield "one head", (of(masks.bottom_right, 1, 1, 70, 131), (64, 64, 128))
@@ -119,12 +144,19 @@ def problems(drive: Drive) -> Iterator[tuple[str, Any]]:
         yield mask.__name__, (of(mask, 1, 1, 40, 128, batch=12), (70,))
     for gap in masks.GAPS:
         yield f"garbage, {gap.__name__}", (of(gap, 2, 1, 41, 137, dlse=False), (66,))
+    yield "garbage, jumps", (of(masks.jumps, 1, 1, 128, 90, batch=4, dlse=False), ())
+    yield "shifted", (of(masks.shifted, 1, 1, 33, 150, batch=6), ())
     yield "turns", (of(masks.turns, 1, 1, 130, 150), (128,))
     yield "intervals", (of(partial(masks.scattered, n=11), 2, 2, 35, 203), ())
     cuts = (7, 16, 24, 33, 40, 48, 49, 80)
     yield "nine blocks", (of(masks.causal, 1, 1, 90, 90, sinks=True), cuts)
-    yield "rising", (rising(of(masks.full, 1, 1, 130, 150, scale=0.4)), ())
-    yield "spikes", (spikes(of(masks.full, 1, 1, 70, 256, scale=1.0, dlse=False)), ())
+    high = {"softcap": 20 * drive.softcap}  # scores that move by more than the reference is lazy
+    yield "rising", (rising(of(masks.full, 1, 1, 130, 150, scale=0.4, **high)), ())
+    yield "spikes", (spikes(of(masks.full, 1, 1, 70, 256, scale=1.0, dlse=False, **high)), ())
     yield "causal", (of(masks.causal, 2, 2, 200, 200, storage="bshd"), ())
     yield "grouped", (of(masks.padded, 3, 1, 130, 192, batch=2), ())
-    yield "few rows", (of(masks.bottom_right, 1, 1, 3, 1100, sinks=True), (500,))
+    yield "few rows", (of(masks.bottom_right, 2, 1, 3, 1100, batch=2, sinks=True), (500,))
+    far = apart(of(masks.full, 1, 1, 8, 1400, scale=1 / 16, **high))
+    yield "apart", (far, (280, 560, 840, 1120))
+    # Of 128 or 32 rows, some warps have none.
+    yield "half a tile", (of(masks.full, 1, 1, 64 if drive.rows > 64 else 16, 70), ())

@@ -75,8 +75,16 @@ bool commutes(const std::string& text) {
 // Changes of one kind: what the text may become.
 using Texts = std::vector<std::string>;
 
+// A shift by all but the sign moves all that it can.
+bool is_shift_to_the_sign(const std::string& text) {
+  const std::string_view opcode = std::string_view(text).substr(opcode_of(text).begin);
+  return (opcode.starts_with("shr.s64") && text.ends_with(", 63")) ||
+         (opcode.starts_with("shr.s32") && text.ends_with(", 31"));
+}
+
 Texts grown_numbers(const std::string& text) {
   Texts result;
+  if (is_shift_to_the_sign(text)) return result;
   for (const Piece piece : numbers_of(text)) {
     const std::string digits = text.substr(piece.begin, piece.length);
     if (digits.size() > 18) continue;
@@ -135,9 +143,10 @@ Texts related_operations(const std::string& text) {
   return result;
 }
 
-// "" is a deletion.
+// "" is a deletion. Not of a move of -1: so registers are filled before they are written.
 std::string changed(const std::string& text, Random& random) {
-  std::vector<Texts> kinds = {{""}};
+  std::vector<Texts> kinds;
+  if (!text.ends_with(", -1") || !text.starts_with("mov.")) kinds.push_back({""});
   for (const auto kind : {grown_numbers, swapped_sources, negated_guard, related_operations})
     if (Texts texts = kind(text); !texts.empty()) kinds.push_back(std::move(texts));
   const Texts& texts = kinds[random() % kinds.size()];

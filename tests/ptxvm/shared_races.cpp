@@ -9,17 +9,10 @@
 namespace ptxvm {
 namespace {
 
-// write_epoch_ while a copy is in flight: later than all epochs.
-constexpr uint32_t kInFlight = ~0u;
-
 // write_thread_: the thread in the block (at most 1024), and
 constexpr uint32_t kThread = 0x3ff;
 constexpr uint32_t kSubword = 0x4000;  // less than the cell: its other bytes may be another lane's
 constexpr uint32_t kAtomic = 0x8000;
-
-// read_: epoch * 64 + the lane, or
-constexpr uint32_t kEpochShift = 6;
-constexpr uint32_t kSeveralLanes = 32, kWholeWarp = 33, kSubwordLane = 34;
 
 std::string thread_name(uint32_t thread) {
   return "warp " + std::to_string(thread / kLanes) + " lane " + std::to_string(thread % kLanes);
@@ -87,6 +80,16 @@ void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword)
   }
 }
 
+bool SharedRaces::reads_settled(const Accessor& by, uint32_t begin, uint32_t end) const {
+  const uint32_t later = (by.clock.settled + 1) << kEpochShift;
+  bool settled = true;
+  for (int warp = 0; warp < warps_; ++warp) {
+    const uint32_t* reads = read_.data() + static_cast<size_t>(warp) * cells_;
+    for (uint32_t cell = begin; cell < end; ++cell) settled &= reads[cell] < later;
+  }
+  return settled;
+}
+
 void SharedRaces::set_writer(const Accessor& by, uint32_t cell, uint32_t flags) {
   write_epoch_[cell] = by.clock.now();
   write_thread_[cell] = static_cast<uint16_t>((by.clock.warp * kLanes + by.lane) | flags);
@@ -118,9 +121,10 @@ void SharedRaces::read(const Accessor& by, uint32_t offset, uint32_t bytes, Read
 void SharedRaces::write(const Accessor& by, uint32_t offset, uint32_t bytes) {
   const bool subword = bytes < 4;
   const uint32_t end = (offset + bytes + 3) / 4;
+  const bool settled = reads_settled(by, offset / 4, end);
   for (uint32_t cell = offset / 4; cell < end; ++cell) {
     if (write_epoch_[cell] > by.clock.settled) check_writer(by, cell, subword, "store over");
-    check_readers(by, cell, subword);
+    if (!settled) check_readers(by, cell, subword);
     set_writer(by, cell, subword ? kSubword : 0);
   }
 }

@@ -26,6 +26,8 @@ struct Accessor {
 
 class SharedRaces {
  public:
+  class Reads;
+
   SharedRaces(uint32_t bytes, int warps);
 
   // A new block begins; epochs up to `base` are of earlier blocks.
@@ -42,8 +44,16 @@ class SharedRaces {
   void end_copy(const Accessor& by, uint32_t offset, uint32_t bytes);
 
  private:
+  // write_epoch_ while a copy is in flight: later than all epochs.
+  static constexpr uint32_t kInFlight = ~0u;
+  // read_: epoch * 64 + the lane, or
+  static constexpr uint32_t kEpochShift = 6;
+  static constexpr uint32_t kSeveralLanes = 32, kWholeWarp = 33, kSubwordLane = 34;
+
   void check_writer(const Accessor& by, uint32_t cell, bool subword, const char* what);
   void check_readers(const Accessor& by, uint32_t cell, bool subword);
+  // Whether all reads of the cells [begin, end) are ordered before, whoever made them.
+  bool reads_settled(const Accessor& by, uint32_t begin, uint32_t end) const;
   void set_writer(const Accessor& by, uint32_t cell, uint32_t flags);
 
   uint32_t cells_;
@@ -54,6 +64,63 @@ class SharedRaces {
   std::vector<uint16_t> write_thread_;  // and flags
   std::vector<uint32_t> write_instruction_;
   std::vector<uint32_t> read_;  // [warp][cell]: epoch and lane
+};
+
+// The reads of one instruction: what its lanes have in common is looked up once, and the usual
+// case, a cell that was written in this block and ordered before, takes a comparison.
+class SharedRaces::Reads {
+ public:
+  Reads(SharedRaces& races, const WarpClock& clock, uint32_t instruction)
+      : races_(races),
+        clock_(clock),
+        instruction_(instruction),
+        written_(races.write_epoch_.data()),
+        reads_(races.read_.data() + static_cast<size_t>(clock.warp) * races.cells_),
+        first_(races.base_ + 1),
+        span_(clock.settled - races.base_),
+        mine_(clock.now() << kEpochShift) {}
+
+  // ld
+  void lane(int lane, uint32_t offset, uint32_t bytes) {
+    if (!ordered(offset, bytes)) return races_.read({clock_, lane, instruction_}, offset, bytes);
+    const uint32_t me = mine_ | static_cast<uint32_t>(lane), end = (offset + bytes) / 4;
+    for (uint32_t cell = offset / 4; cell < end; ++cell) {
+      const uint32_t last = reads_[cell];
+      const bool another_lane = last >= mine_ && last != me && last != (mine_ | kWholeWarp);
+      reads_[cell] = another_lane ? mine_ | kSeveralLanes : me;
+    }
+  }
+
+  // ld of one place by two lanes or more. False: they are to be asked one by one.
+  bool together(uint32_t offset, uint32_t bytes) {
+    if (!ordered(offset, bytes)) return false;
+    for (uint32_t cell = offset / 4; cell < (offset + bytes) / 4; ++cell)
+      reads_[cell] = mine_ | kSeveralLanes;
+    return true;
+  }
+
+  // ldmatrix: 16 bytes.
+  void row(int lane, uint32_t offset) {
+    if (!ordered(offset, 16))
+      return races_.read({clock_, lane, instruction_}, offset, 16, Reader::kCollective);
+    for (uint32_t i = 0; i < 4; ++i) reads_[offset / 4 + i] = mine_ | kWholeWarp;
+  }
+
+ private:
+  // Whole cells, written in this block and ordered before: in one comparison each.
+  bool ordered(uint32_t offset, uint32_t bytes) const {
+    bool all = bytes >= 4;
+    for (uint32_t cell = offset / 4; cell < (offset + bytes) / 4; ++cell)
+      all &= written_[cell] - first_ < span_;
+    return all;
+  }
+
+  SharedRaces& races_;
+  const WarpClock& clock_;
+  const uint32_t instruction_;
+  const uint32_t* const written_;
+  uint32_t* const reads_;
+  const uint32_t first_, span_, mine_;
 };
 
 }  // namespace ptxvm

@@ -14,6 +14,10 @@ namespace {
 constexpr uint8_t kPoison = 0xff;  // NaN in every floating format, -1 as an integer
 constexpr LaneMask kPoisonPredicate = 0x5a5a5a5a;
 
+// Registers get their place where they are first named, so that neighbours in the code are
+// neighbours in memory; until then:
+constexpr uint32_t kUnplaced = ~0u;
+
 uint32_t align_up(uint32_t value, uint32_t align) { return (value + align - 1) / align * align; }
 
 }  // namespace
@@ -70,9 +74,7 @@ void Symbols::declare_registers(std::string_view declaration) {
   const bool predicate = type == "pred", wide = type_bytes(type) == 8;
   if (type_bytes(type) > 8) throw Unsupported("registers of type " + std::string(type));
   const auto add = [&](const std::string& name) {
-    scopes_.back()[name] = predicate
-                               ? Place{Place::kPredicate, new_predicate(kPoisonPredicate), false}
-                               : Place{Place::kRegister, new_row(wide), wide};
+    scopes_.back()[name] = {predicate ? Place::kPredicate : Place::kRegister, kUnplaced, wide};
   };
   for (std::string_view name : split(declaration.substr(end), ',')) {
     const size_t bracket = name.find('<');
@@ -145,8 +147,15 @@ Place Symbols::sink(bool predicate) {
 
 Place Symbols::find(std::string_view name_view, bool wide) {
   const std::string name(name_view);
-  for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
-    if (const auto entry = scope->find(name); entry != scope->end()) return entry->second;
+  for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
+    const auto entry = scope->find(name);
+    if (entry == scope->end()) continue;
+    Place& place = entry->second;
+    if (place.arg == kUnplaced)
+      place.arg =
+          place.kind == Place::kPredicate ? new_predicate(kPoisonPredicate) : new_row(place.wide);
+    return place;
+  }
   if (const auto entry = shared_.find(name); entry != shared_.end())
     return constant(entry->second, wide);
   if (dynamic_shared_.contains(name)) {

@@ -22,9 +22,10 @@ struct Device {
 };
 
 struct Checks {
-  bool races = true;          // of shared and of global memory
-  bool uninitialised = true;  // reads of shared memory that nobody in the block wrote
-  bool late_copies = true;    // cp.async delivers when it is waited for, never before
+  bool races = true;            // of shared and of global memory
+  bool uninitialised = true;    // reads of shared memory that nobody in the block wrote
+  bool late_copies = true;      // cp.async delivers when it is waited for, never before
+  bool bank_conflicts = false;  // counted, see Statistics; costs a twentieth of the time
   uint64_t instruction_limit = 2'000'000'000;  // per block and warp instructions; then: livelock
   // For the calibration's negative control, an ldmatrix that is wrong: 1 has rows for columns, 2
   // has matrices 1 and 2 of four change places. 0: right.
@@ -35,7 +36,8 @@ struct Statistics {
   uint64_t launches = 0, blocks = 0;
   uint64_t instructions = 0;  // per warp
   uint64_t mma = 0, ldmatrix = 0, copies = 0, barriers = 0;
-  // Passes that shared memory needs for ld, st and ldmatrix: without conflicts, and on top.
+  // Passes that shared memory needs for ld, st and ldmatrix: without conflicts, and on top. Only
+  // with Checks::bank_conflicts.
   uint64_t shared_passes = 0, bank_conflicts = 0;
   // Of a block, in the last launch.
   uint64_t threads = 0, shared_bytes = 0;

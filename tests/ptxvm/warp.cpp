@@ -157,7 +157,8 @@ void Warp::commit_copies(LaneMask lanes) {
 }
 
 void Warp::deliver(AsyncCopy& copy) {
-  std::copy_n(copy.data, copy.bytes, block.shared(copy.destination));
+  uint8_t* to = block.shared(copy.destination);
+  for (int i = 0; i < copy.bytes; i += 4) std::memcpy(to + i, copy.data + i, 4);
   if (block.launch.checks.races)
     block.races.end_copy(accessor(copy.lane), copy.destination - kSharedBegin, copy.bytes);
 }

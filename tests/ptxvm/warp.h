@@ -60,6 +60,7 @@ class Warp {
   }
   template <typename T>
   void store(uint32_t row, LaneMask lanes, const Lanes<T>& values);
+  uint8_t* row(uint32_t row) { return registers_.data() + row; }
   uint64_t lane_value(uint32_t row, int lane, bool wide) const;
   void set_lane_value(uint32_t row, int lane, bool wide, uint64_t value);
   // An operand that all lanes have in common.

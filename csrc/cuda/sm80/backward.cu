@@ -16,8 +16,7 @@ cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const V
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
     const auto visit = [&]<typename Elem>(Elem) {
       const bool atomic_dq = !p.deterministic && has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV);
-      const BackwardTiles tiles =
-          backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large, atomic_dq);
+      const BackwardTiles tiles = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large);
       return visitor(tiles, [&](BackwardCall call, cudaStream_t stream) {
         call.atomic_dq = atomic_dq;
         return launch_backward<Elem, Dims>(call, large, stream);
@@ -128,7 +127,9 @@ struct Launch {
     }
     set_parts(call, tiles);
     const int64_t rows = call.batch * call.padded, runs = call.first_run[call.blocks.count];
-    place(call.stats, rows * call.heads, workspace);
+    place(call.row_lse, rows * call.heads, workspace);
+    place(call.row_lse_low, rows * call.heads, workspace);
+    place(call.minus_delta, rows * call.heads, workspace);
     place(call.intervals, rows * runs, workspace);
     place(call.ranges, call.batch * runs * call.tiles(), workspace);
     place(call.groups, call.batch * runs * call.tile_groups(), workspace);

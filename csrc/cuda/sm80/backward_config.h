@@ -5,12 +5,17 @@
 // Note [two kernels]. dQ is summed by tiles of query rows that walk over keys (backward_dq.cuh), dK
 // and dV by tiles of keys that walk over query rows (backward_keys.cuh). Both recompute the scores,
 // and no two blocks of a grid write the same memory: seven products where five would do with
-// atomics, and the same bits every time. The two are one data flow: 16 rows per warp stay, tiles of
+// atomics, and the same bits every time. The two are one data flow: a tile of rows stays, tiles of
 // `stream` rows pass by, and
-//   dQ kernel: rows = Q, dO;  stream = K, V     S = Q K^T    dP = dO V^T                  dQ += dS
-//   K keys:      rows = K, V;   stream = Q, dO    S^T = K Q^T  dP^T = V dO^T  dV += P^T dO  dK +=
-//   dS^T Q
-// In both P and dS leave the products in the registers in which the next product wants them.
+//   dQ:    rows = Q, dO   stream = K, V    S = Q K^T     dP = dO V^T     dQ += dS K
+//   keys:  rows = K, V    stream = Q, dO   S^T = K Q^T   dP^T = V dO^T   dV += P^T dO  dK += dS^T Q
+//
+// Note [warps of a tile]. What bounds these products is how much their operands are read from
+// shared memory, and that falls with the size of a warp's piece in both directions. So warps stand
+// in a grid, `row_warps` by `sides`. For scores, a warp owns its rows (32 where there is room, two
+// bands of 16 that share what is read of the stream) and its side's part of the stream; P and dS,
+// rounded to the element type, go to shared memory; and then a warp sums its rows and its side's
+// part of the columns. Two barriers per passing tile: it has arrived, and the weights are there.
 #pragma once
 
 #include "../../dispatch.h"
@@ -20,30 +25,40 @@
 namespace ring_attention::cuda::sm80 {
 
 struct BackwardTiles {
-  int warps;   // of 16 rows each
-  int stream;  // rows of a passing tile
+  int row_warps, sides;  // the grid of warps
+  int warp_rows;         // 16 or 32
+  int stream;            // rows of a passing tile
 
-  constexpr int rows() const { return 16 * warps; }
-  constexpr int threads() const { return 32 * warps; }
+  constexpr int rows() const { return row_warps * warp_rows; }
+  constexpr int threads() const { return 32 * row_warps * sides; }
+  constexpr bool operator==(const BackwardTiles&) const = default;
 };
 
-// As many warps as there is room for, so that what passes by is shared by many; and a stream as
-// wide as the registers allow: dK and dV of 16 keys take (head_dim + v_head_dim) / 2 of them, S and
-// dP take `stream`.
-constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bool large_smem,
-                                       bool atomic_dq) {
+// As many rows as there is room for, so that what passes by is shared by many; and a stream as wide
+// as shared memory and the registers allow: with two sides and 32 rows, a lane has S and dP in
+// `stream` of them, dK and dV in (head_dim + v_head_dim) / 2.
+constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bool large_smem) {
   const int both = dim + v_dim;
   if (element_bytes == 4) {  // one size serves both
-    if (both <= 192) return {4, 32};
-    if (both <= 256) return {4, 16};
-    return both <= 384 ? BackwardTiles{2, 16} : BackwardTiles{2, 8};
+    if (both <= 128) return {2, 2, 32, 32};
+    if (both <= 192) return {2, 2, 32, 16};
+    return both <= 384 ? BackwardTiles{2, 2, 16, 16} : BackwardTiles{2, 1, 16, 8};
   }
-  if (both <= 128) return {8, 64};
-  if (both <= 192) return {8, 32};
-  if (both <= 256) return atomic_dq && !large_smem ? BackwardTiles{4, 32} : BackwardTiles{8, 32};
-  if (both <= 384) return large_smem ? BackwardTiles{8, 32} : BackwardTiles{4, 32};
-  return large_smem ? BackwardTiles{8, 16} : BackwardTiles{4, 16};
+  if (both <= 128) return {4, 2, 32, 64};
+  if (both <= 192) return large_smem ? BackwardTiles{4, 2, 32, 64} : BackwardTiles{4, 2, 32, 32};
+  if (both <= 256) return large_smem ? BackwardTiles{4, 2, 32, 64} : BackwardTiles{2, 2, 32, 32};
+  if (both <= 320) return large_smem ? BackwardTiles{4, 2, 32, 32} : BackwardTiles{2, 2, 32, 32};
+  if (both <= 384) return large_smem ? BackwardTiles{4, 2, 32, 32} : BackwardTiles{4, 1, 16, 16};
+  return large_smem ? BackwardTiles{2, 2, 32, 32} : BackwardTiles{4, 1, 16, 16};
 }
+
+// Whether a warp's rows of what stays are kept in registers, not read again for every passing tile.
+constexpr bool rows_in_registers(int element_bytes, int dim, int v_dim) {
+  return element_bytes == 2 && dim + v_dim <= 128;
+}
+
+// What a launch sums.
+constexpr int kSumDk = 1, kSumDv = 2, kSumDq = 4;
 
 // Where the two accumulators of the keys kernel do not fit into registers, it is run once for each:
 // eight products instead of seven, but no spills.
@@ -57,17 +72,10 @@ constexpr bool has_atomic_dq(int element_bytes, int dim, int v_dim) {
 }
 
 // Whether the tiles are the same for both sizes of shared memory: then there is one kernel.
-constexpr bool same_tiles(int element_bytes, int dim, int v_dim, bool atomic_dq) {
-  const BackwardTiles large = backward_tiles(element_bytes, dim, v_dim, true, atomic_dq);
-  const BackwardTiles small = backward_tiles(element_bytes, dim, v_dim, false, atomic_dq);
-  return large.warps == small.warps && large.stream == small.stream;
+constexpr bool same_tiles(int element_bytes, int dim, int v_dim) {
+  return backward_tiles(element_bytes, dim, v_dim, true) ==
+         backward_tiles(element_bytes, dim, v_dim, false);
 }
-
-// What a row's P and dS are formed with. lse in log2 units, in two parts; +inf for a row that saw
-// nothing, so that its P is 0.
-struct __align__(16) RowStats {
-  float lse, delta, lse_low, unused;
-};
 
 // What a run of query rows sees of an interval: some row the keys [begin, end), all rows the keys
 // [full_begin, full_end).
@@ -101,7 +109,9 @@ struct BackwardCall {
   const float *lse, *delta;
 
   // Written by the kernels of backward_rows.cu, read by the others.
-  RowStats* stats;         // [batch, heads, padded]
+  // [batch, heads, padded]. lse in log2 units, in two parts, +inf for a row that saw nothing, so
+  // that its P is 0; and what the sums of dP begin with.
+  float *row_lse, *row_lse_low, *minus_delta;
   KeyInterval* intervals;  // [runs, batch, padded]
   RowsRange* ranges;       // [runs, batch, tiles()], of `stream` rows each
   RowsRange* groups;       // [runs, batch, tile_groups()], of 32 tiles each
@@ -115,47 +125,78 @@ struct BackwardCall {
   __host__ __device__ int tiles() const { return padded / stream; }
   __host__ __device__ int tile_groups() const { return (tiles() + 31) / 32; }
 
-  RA_DEVICE const RowsRange* ranges_of(int run, int64_t sample) const {
-    return ranges + (run * batch + sample) * tiles();
+  RA_DEVICE const RowsRange* ranges_of(int run, int sample) const {
+    return ranges + first(run, sample, tiles());
   }
-  RA_DEVICE const RowsRange* groups_of(int run, int64_t sample) const {
-    return groups + (run * batch + sample) * tile_groups();
+  RA_DEVICE const RowsRange* groups_of(int run, int sample) const {
+    return groups + first(run, sample, tile_groups());
   }
-  RA_DEVICE const KeyInterval* intervals_of(int run, int64_t sample) const {
-    return intervals + (run * batch + sample) * padded;
+  RA_DEVICE const KeyInterval* intervals_of(int run, int sample) const {
+    return intervals + first(run, sample, padded);
   }
-  RA_DEVICE const RowStats* stats_of(int64_t sample, int head) const {
-    return stats + (sample * heads + head) * padded;
+  // Of a head's rows in the arrays by rows.
+  RA_DEVICE int64_t first_row(int sample, int head) const {
+    return static_cast<int64_t>(sample * heads + head) * padded;
+  }
+
+ private:
+  RA_DEVICE int64_t first(int run, int sample, int count) const {
+    return static_cast<int64_t>(run * static_cast<int>(batch) + sample) * count;
   }
 };
 
-// Tiles and shared memory of one bucket.
-template <typename Elem, typename Dims, bool kLargeSmem, bool kAtomicDq = false>
+// Tiles and shared memory of one kernel: a bucket of head dims, and what it sums.
+template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
 struct BackwardPlan {
   using Element = Elem;
   static constexpr int kDim = Dims::kQk, kVDim = Dims::kV;
-  static constexpr BackwardTiles kTiles =
-      backward_tiles(sizeof(Elem), kDim, kVDim, kLargeSmem, kAtomicDq);
+  static constexpr BackwardTiles kTiles = backward_tiles(sizeof(Elem), kDim, kVDim, kLargeSmem);
   static constexpr int kRows = kTiles.rows(), kThreads = kTiles.threads();
   static constexpr int kStream = kTiles.stream;
-  static constexpr int kRowBytes = kDim * sizeof(Elem), kVRowBytes = kVDim * sizeof(Elem);
+  static constexpr bool kInRegisters = rows_in_registers(sizeof(Elem), kDim, kVDim);
+  static constexpr bool kKeys = kSums != kSumDq;  // keys stay, queries pass by
+  static constexpr bool kWantsP = (kSums & kSumDv) != 0, kWantsDs = (kSums & ~kSumDv) != 0;
 
-  // Offsets. The rows that stay: Q and dO, or K and V. Then two stages of those that pass.
+  // A warp's share.
+  static constexpr int kSides = kTiles.sides, kWarpRows = kTiles.warp_rows;
+  static constexpr int kBands = kWarpRows / 16;             // of 16 rows
+  static constexpr int kScoreTiles = kStream / kSides / 8;  // of 8 columns of S
+  template <int kColumns>
+  static constexpr int kSumTiles = kColumns / kSides / 8;
+
+  static constexpr int kRowBytes = kDim * sizeof(Elem), kVRowBytes = kVDim * sizeof(Elem);
+  // fp32 weights lie transposed, see backward_products_fp32.cuh.
+  static constexpr int kWeightBytes =
+      sizeof(Elem) == 4 ? kStream * (kRows + 4) * 4 : kRows * kStream * 2;
+
+  // Offsets. The rows that stay: Q and dO, or K and V. Then two stages of those that pass, and the
+  // weights of the sums.
   static constexpr int kKeep = 0;
   static constexpr int kVKeep = kKeep + kRows * kRowBytes;
   static constexpr int kStages = kVKeep + kRows * kVRowBytes;
   static constexpr int kVStage = kStream * kRowBytes;  // within a stage
   static constexpr int kStageBytes = kVStage + kStream * kVRowBytes;
-  static constexpr int kDqBytes = kStages + 2 * kStageBytes;
+  static constexpr int kP = kStages + 2 * kStageBytes;
+  static constexpr int kDs = kP + (kWantsP ? kWeightBytes : 0);
   // The keys kernel: what the queries of each stage need besides.
-  static constexpr int kStats = kDqBytes;
-  static constexpr int kIntervals = kStats + 2 * kStream * static_cast<int>(sizeof(RowStats));
-  // And dS^T [rows][stream], if dQ is summed; per row, whether it holds anything but zeros.
-  static constexpr int kScoreGradients =
-      kIntervals + 2 * kStream * static_cast<int>(sizeof(KeyInterval));
-  static constexpr int kUsedKeys = kScoreGradients + (kAtomicDq ? kRows * kStream * 2 : 0);
-  static constexpr int kKeysBytes = kUsedKeys + (kAtomicDq ? kRows * 2 : 0);
-  static_assert(kKeysBytes <= (kLargeSmem ? kLargeSmemBytes : kSmallSmemBytes));
+  static constexpr int kQueries = kDs + (kWantsDs ? kWeightBytes : 0);
+  static constexpr int kLse = 0, kMinusDelta = kStream * 4, kIntervals = kStream * 8;  // of a stage
+  static constexpr int kLseLow = kStream * 16;
+  static constexpr int kQueryBytes = kStream * (sizeof(Elem) == 4 ? 20 : 16);
+  static constexpr int kSmemBytes = kQueries + (kKeys ? 2 * kQueryBytes : 0);
+  static_assert(kSmemBytes <= (kLargeSmem ? kLargeSmemBytes : kSmallSmemBytes));
+};
+
+// A warp's place in the grid.
+template <typename Plan>
+struct WarpPlace {
+  int row, side;
+
+  RA_DEVICE WarpPlace() {
+    const int warp = threadIdx.x / 32;
+    row = warp / Plan::kSides * Plan::kWarpRows;
+    side = warp % Plan::kSides;
+  }
 };
 
 }  // namespace ring_attention::cuda::sm80

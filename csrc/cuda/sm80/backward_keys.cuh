@@ -5,28 +5,25 @@
 //   load K, V (they stay)
 //   for each interval, tile of query rows that sees some of the keys, head of the group:
 //     load Q, dO, what is known of each row, of the next one while this one is worked on
-//     S^T = K Q^T;  dP^T = V dO^T
+//     S^T = K Q^T;  dP^T = V dO^T                   of a warp's keys and its part of the rows
 //     P = exp2(S - lse);  dS = P (dP - delta);  mask, only where some row does not see some key
-//     dV += P^T dO;  dK += dS^T Q
-//     on request: dQ += dS K, by atomics
+//     P, dS to shared memory; all warps wait for one another
+//     dV += P^T dO;  dK += dS^T Q                   of a warp's keys and its part of the columns
+//     on request: dQ += dS K, by atomics            a piece to a warp
 //   dK, dV are added to the gradients
 //
-// Shared memory: K, V; two stages of Q, dO, lse, delta and intervals; dS, only for dQ.
-// Registers: dK and dV, S and dP of a warp's 16 keys. Where these are too many, see
-// keys_in_two_passes(), a launch sums only one of dK and dV.
+// Shared memory: K, V; two stages of Q, dO, lse, delta and intervals; P, dS. Registers: dK and dV,
+// S and dP of a warp; K and V, where they fit. Where these are too many, see keys_in_two_passes(),
+// a launch sums only one of dK and dV.
 #pragma once
 
 #include "backward_dq.cuh"
 
 namespace ring_attention::cuda::sm80 {
 
-// What a launch of the keys kernel sums.
-constexpr int kSumDk = 1, kSumDv = 2, kSumDq = 4;
-
 // A tile of keys of one K/V head; a part of what sees them.
 struct KeysTile {
-  int64_t sample;
-  int kv_head, block = 0, key, part;
+  int sample, kv_head, block = 0, key, part;
   int head_begin, head_end, row_part;
 
   RA_DEVICE KeysTile(const BackwardCall& call, int tile_rows) {
@@ -43,7 +40,7 @@ struct KeysTile {
     const int parts = call.head_parts * call.row_parts, group = call.heads / call.kv_heads;
     part = static_cast<int>(index % parts), index /= parts;
     kv_head = static_cast<int>(index % call.kv_heads);
-    sample = index / call.kv_heads;
+    sample = static_cast<int>(index / call.kv_heads);
     const int head_part = part / call.row_parts;
     row_part = part % call.row_parts;
     head_begin = kv_head * group + group * head_part / call.head_parts;
@@ -110,26 +107,30 @@ RA_DEVICE void load_queries(const BackwardCall& call, const KeysTile& keys,
   const uint32_t q = shared + Plan::kStages + stage * Plan::kStageBytes;
   Rows<Plan>::template load_queries<Plan::kStream>(call, keys.sample, walk.head, row, q,
                                                    q + Plan::kVStage);
-  constexpr int kPairs = Plan::kStream / 2;
-  if (threadIdx.x < Plan::kStream) {
-    const int i = threadIdx.x;
-    cp_async_16(shared + Plan::kStats + (stage * Plan::kStream + i) * 16,
-                call.stats_of(keys.sample, walk.head) + row + i, 16);
+  // Copies of 16 bytes, a thread each.
+  const uint32_t to = shared + Plan::kQueries + stage * Plan::kQueryBytes + threadIdx.x * 16;
+  if (threadIdx.x < Plan::kStream / 4) {
+    const int64_t at = call.first_row(keys.sample, walk.head) + row + 4 * threadIdx.x;
+    cp_async_16(to + Plan::kLse, call.row_lse + at, 16);
+    cp_async_16(to + Plan::kMinusDelta, call.minus_delta + at, 16);
+    if constexpr (std::is_same_v<typename Plan::Element, Float32>) {
+      cp_async_16(to + Plan::kLseLow, call.row_lse_low + at, 16);
+    }
   }
-  if (threadIdx.x < kPairs) {
-    const int i = threadIdx.x;
-    cp_async_16(shared + Plan::kIntervals + (stage * kPairs + i) * 16,
-                call.intervals_of(walk.run(call, keys), keys.sample) + row + 2 * i, 16);
+  if (threadIdx.x < Plan::kStream / 2) {
+    const KeyInterval* of_run = call.intervals_of(walk.run(call, keys), keys.sample);
+    cp_async_16(to + Plan::kIntervals, of_run + row + 2 * threadIdx.x, 16);
   }
 }
 
 // To the gradients, or to this part's own: first all blocks' dK, one after another, then dV.
-template <int kSums, int kDim8, int kVDim8>
-RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, int first_row,
-                          const float (&dk)[kDim8][4], const float (&dv)[kVDim8][4]) {
+template <typename Plan, int kSums, int kBands, int kDkTiles, int kDvTiles>
+RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, const WarpPlace<Plan>& at,
+                          const float (&dk)[kBands][kDkTiles][4],
+                          const float (&dv)[kBands][kDvTiles][4]) {
   const KVBlock& block = call.blocks.block[tile.block];
   const int k_len = static_cast<int>(block.k_len);
-  const int64_t row = (tile.sample * call.kv_heads + tile.kv_head) * block.k_len;
+  const int64_t row = (static_cast<int64_t>(tile.sample) * call.kv_heads + tile.kv_head) * k_len;
   const bool add = call.head_parts * call.row_parts == 1;
   int64_t before = 0, all = 0;
   for (int i = 0; i < call.blocks.count; ++i) {
@@ -139,134 +140,128 @@ RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, int fi
   float* part = call.partial + tile.part * all * (call.head_dim + call.v_head_dim);
   if constexpr ((kSums & kSumDk) != 0) {
     float* to = add ? static_cast<float*>(block.dk) : part + before * call.head_dim;
-    write_sums(dk, call.scale, to + row * call.head_dim, tile.key + first_row, k_len, call.head_dim,
-               add);
+    write_sums(dk, at, call.scale, to + row * call.head_dim, tile.key, k_len, call.head_dim, add);
   }
   if constexpr ((kSums & kSumDv) != 0) {
     float* to =
         add ? static_cast<float*>(block.dv) : part + all * call.head_dim + before * call.v_head_dim;
-    write_sums(dv, 1.0f, to + row * call.v_head_dim, tile.key + first_row, k_len, call.v_head_dim,
-               add);
+    write_sums(dv, at, 1.0f, to + row * call.v_head_dim, tile.key, k_len, call.v_head_dim, add);
   }
 }
 
-// Leaves dS^T in shared memory, and which keys it is zero for.
-template <typename Elem, int kStream, int kTiles>
-RA_DEVICE void store_score_gradients(const float (&ds)[kTiles][4], int first_row, uint32_t to,
-                                     uint16_t* used) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first_row + lane / 4 + 8 * h;
-    int any = 0;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const float low = ds[j][2 * h], high = ds[j][2 * h + 1];
-      store_shared(to + TileLayout<kStream>::offset(row, j) + lane % 4 * 4, Elem::pack(low, high));
-      any |= low != 0.0f || high != 0.0f;
-    }
-    any |= __shfl_xor_sync(kAllLanes, any, 1);
-    any |= __shfl_xor_sync(kAllLanes, any, 2);
-    if (lane % 4 == 0) used[row] = any ? 0xffff : 0;
-  }
-}
-
-// dQ += dS K over all keys of the block's tile, in pieces of 16 rows x 16 columns per warp. Garbage
-// in keys that none of these rows sees is sieved out: 0 NaN = NaN.
+// How dQ of a passing tile, kStream x kDim, is cut into pieces: one for a warp at most.
 template <typename Plan>
+struct DqPieces {
+  static constexpr int kWarps = Plan::kThreads / 32;
+  static constexpr int kUnits = (Plan::kStream / 16) * (Plan::kDim / 16);  // 16 x 16
+  static constexpr int kOfPiece = static_cast<int>(divide_up(kUnits, kWarps));
+  static constexpr int kBands = kOfPiece % 2 == 0 && Plan::kStream % 32 == 0 ? 2 : 1;
+  static constexpr int kTiles = kOfPiece / kBands * 2;  // of 8 columns
+  static constexpr int kDown = Plan::kStream / (16 * kBands), kAcross = Plan::kDim / (8 * kTiles);
+  static_assert(kDown * kAcross <= kWarps && 8 * kTiles * kAcross == Plan::kDim);
+};
+
+// dQ += dS K over all keys of the block's tile.
+template <typename Plan, bool kSieve>
 RA_DEVICE void add_dq(const BackwardCall& call, const KeysTile& tile, int head, int first_query,
-                      uint32_t ds, uint32_t k, const uint16_t* used) {
-  using Elem = typename Plan::Element;
-  constexpr int kBands = Plan::kStream / 16, kPieces = kBands * (Plan::kDim / 16);
-  const int lane = threadIdx.x % 32;
-  const uint32_t rows_lane =
-      ds + TileLayout<Plan::kStream>::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  const ColumnOperand<Plan::kDim> columns_of(k);
-#pragma unroll 1
-  for (int piece = threadIdx.x / 32; piece < kPieces; piece += Plan::kTiles.warps) {
-    const int band = piece % kBands * 16, column = piece / kBands * 16;
-    float sum[2][4] = {};
+                      uint32_t ds, uint32_t k) {
+  using Pieces = DqPieces<Plan>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int across = warp % Pieces::kAcross, row = warp / Pieces::kAcross * 16 * Pieces::kBands;
+  if (row >= Plan::kStream) return;
+  float sum[Pieces::kBands][Pieces::kTiles][4] = {};
+  accumulate<typename Plan::Element, Plan::kDim, Plan::kRows, Pieces::kAcross, kSieve>(
+      sum, WeightColumns<Plan>(ds, row), k, across);
+  const int64_t of_head = static_cast<int64_t>(tile.sample * call.heads + head) * call.q_len;
 #pragma unroll
-    for (int key = 0; key < Plan::kRows; key += 16) {
-      uint32_t rows[4], columns[4];
-      ldmatrix_x4_trans(rows, TileLayout<Plan::kStream>::advance(rows_lane, band / 8) +
-                                  key * TileLayout<Plan::kStream>::kRowBytes);
-      columns_of.load(columns, key, column);
-      const auto* pairs = reinterpret_cast<const uint32_t*>(used + key) + lane % 4;
+  for (int r = 0; r < 2 * Pieces::kBands; ++r) {
+    const int query = first_query + row + lane / 4 + 8 * r;
+    if (query >= call.q_len) continue;
+    float* to = call.dq + (of_head + query) * call.head_dim + lane % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) columns[i] &= pairs[i % 2 * 4];
-      Elem::mma(sum[0], rows, columns[0], columns[1]);
-      Elem::mma(sum[1], rows, columns[2], columns[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int query = first_query + band + lane / 4 + i / 2 % 2 * 8;
-      const int d = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (query >= call.q_len || d >= call.head_dim) continue;
-      const int64_t row = (tile.sample * call.heads + head) * call.q_len + query;
-      atomicAdd(call.dq + row * call.head_dim + d, sum[i / 4][i % 4] * call.scale);
+    for (int j = 0; j < Pieces::kTiles; ++j) {
+      const int column = 16 * (j / 2 * Pieces::kAcross + across) + 8 * (j % 2);
+      if (column >= call.head_dim) break;
+      const float* x = sum[r / 2][j] + r % 2 * 2;
+      atomicAdd(to + column, x[0] * call.scale);
+      atomicAdd(to + column + 1, x[1] * call.scale);
     }
   }
 }
 
 template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
-using KeysPlan = BackwardPlan<Elem, Dims, kLargeSmem, (kSums & kSumDq) != 0>;
-
-template <typename Elem, typename Dims, bool kLargeSmem, int kSums>
-__global__ void __launch_bounds__(KeysPlan<Elem, Dims, kLargeSmem, kSums>::kThreads)
+__global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSums>::kThreads)
     backward_keys(const __grid_constant__ BackwardCall call) {
-  using Plan = KeysPlan<Elem, Dims, kLargeSmem, kSums>;
+  using Plan = BackwardPlan<Elem, Dims, kLargeSmem, kSums>;
   constexpr int kDim = Dims::kQk, kVDim = Dims::kV;
   extern __shared__ __align__(128) unsigned char memory[];
-  const uint32_t base = shared_address(memory), k = base + Plan::kKeep, v = base + Plan::kVKeep;
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+  const uint32_t base = shared_address(memory);
+  const WarpPlace<Plan> at;
   const KeysTile tile(call, Plan::kRows);
   QueryWalk<Plan::kRows> walk;
   bool more = walk.next(call, tile);
   if (!more && call.head_parts * call.row_parts == 1) return;
-  float dk[kDim / 8][4] = {}, dv[kVDim / 8][4] = {};
+  float dk[Plan::kBands][Plan::template kSumTiles<kDim>][4] = {};
+  float dv[Plan::kBands][Plan::template kSumTiles<kVDim>][4] = {};
+  KeptRows<Plan, kDim> k(base + Plan::kKeep, at.row);
+  KeptRows<Plan, kVDim> v(base + Plan::kVKeep, at.row);
+  const WeightTile<Plan> p_tile{base + Plan::kP}, ds_tile{base + Plan::kDs};
   if (more) {
     const KVBlock& block = call.blocks.block[tile.block];
     Rows<Plan>::template load_keys<Plan::kRows>(call, block, tile.sample, tile.kv_head, tile.key, 0,
-                                                static_cast<int>(block.k_len), k, v);
+                                                static_cast<int>(block.k_len), base + Plan::kKeep,
+                                                base + Plan::kVKeep);
     load_queries<Plan>(call, tile, walk, base, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    k.keep(), v.keep();
   }
-  cp_async_commit();
-  const int key = tile.key + first_row + lane / 4;  // and key + 8
+  const int lane = threadIdx.x % 32, key = tile.key + at.row + lane / 4;
 
   for (int stage = 0; more; stage ^= 1) {
+    const uint32_t q = base + Plan::kStages + stage * Plan::kStageBytes, dout = q + Plan::kVStage;
+    const int side = at.side * 8 * Plan::kScoreTiles;
+    const unsigned char* queries = memory + Plan::kQueries + stage * Plan::kQueryBytes;
+    const int column = side + lane % 4 * 2;
+    const auto* lse = reinterpret_cast<const float*>(queries + Plan::kLse) + column;
+    const auto* lse_low = reinterpret_cast<const float*>(queries + Plan::kLseLow) + column;
+    const auto* minus_delta = reinterpret_cast<const float*>(queries + Plan::kMinusDelta) + column;
+    const auto* seen = reinterpret_cast<const KeyInterval*>(queries + Plan::kIntervals) + column;
     const bool masked = walk.masked();
-    const int head = walk.head, first_query = walk.tile * Plan::kStream;
+    [[maybe_unused]] const int head = walk.head, first_query = walk.tile * Plan::kStream;
     more = walk.next(call, tile);
+    cp_async_wait<0>();
+    __syncthreads();  // Q and dO are there, and the last ones and their weights not needed any more
     if (more) load_queries<Plan>(call, tile, walk, base, stage ^ 1);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
-    const uint32_t q = base + Plan::kStages + stage * Plan::kStageBytes, dout = q + Plan::kVStage;
-    const int column = stage * Plan::kStream + lane % 4 * 2;
-    const RowStats* stats = reinterpret_cast<RowStats*>(memory + Plan::kStats) + column;
-    const KeyInterval* seen = reinterpret_cast<KeyInterval*>(memory + Plan::kIntervals) + column;
-    float p[Plan::kStream / 8][4], ds[Plan::kStream / 8][4] = {};
-    multiply<Elem, kDim>(p, k, first_row, q);
-    if constexpr ((kSums & kSumDk) != 0) multiply<Elem, kVDim>(ds, v, first_row, dout);
-    score_gradients<Elem>(
-        p, ds, call, masked, [&](int j, int e, int) { return stats[8 * j + e]; },
-        [&](int j, int e, int h) {
-          const KeyInterval interval = seen[8 * j + e];
-          return interval.begin <= key + 8 * h && key + 8 * h < interval.end;
-        });
-    if constexpr ((kSums & kSumDv) != 0) accumulate<Elem, kVDim, false>(dv, p, dout);
-    if constexpr ((kSums & kSumDk) != 0) accumulate<Elem, kDim, false>(dk, ds, q);
-    if constexpr ((kSums & kSumDq) != 0) {
-      auto* used = reinterpret_cast<uint16_t*>(memory + Plan::kUsedKeys);
-      const uint32_t gradients = base + Plan::kScoreGradients;
-      store_score_gradients<Elem, Plan::kStream>(ds, first_row, gradients, used);
-      __syncthreads();
-      add_dq<Plan>(call, tile, head, first_query, gradients, k, used);
+    float p[Plan::kBands][Plan::kScoreTiles][4], ds[Plan::kBands][Plan::kScoreTiles][4] = {};
+    multiply(p, k, q, side, [](int, int, int) { return 0.0f; });
+    if constexpr (Plan::kWantsDs) {
+      multiply(ds, v, dout, side, [&](int j, int e, int) { return minus_delta[8 * j + e]; });
     }
+    score_gradients<Elem>(
+        p, ds, call, masked,
+        [&](int j, int e, int) {
+          const bool low = std::is_same_v<Elem, Float32>;
+          return RowLse{lse[8 * j + e], low ? lse_low[8 * j + e] : 0.0f};
+        },
+        [&](int j, int e, int r) { return seen[8 * j + e].has(key + 8 * r); });
+    if constexpr (Plan::kWantsP) p_tile.store(p, at);
+    if constexpr (Plan::kWantsDs) ds_tile.store(ds, at);
     __syncthreads();
+    if constexpr ((kSums & kSumDv) != 0) accumulate<kVDim, false>(dv, p_tile, at, dout);
+    if constexpr ((kSums & kSumDk) != 0) accumulate<kDim, false>(dk, ds_tile, at, q);
+    if constexpr ((kSums & kSumDq) != 0) {
+      const uint32_t keys = base + Plan::kKeep;
+      if (masked) {
+        add_dq<Plan, true>(call, tile, head, first_query, ds_tile.tile, keys);
+      } else {
+        add_dq<Plan, false>(call, tile, head, first_query, ds_tile.tile, keys);
+      }
+    }
   }
-  write_keys<kSums>(call, tile, first_row, dk, dv);
+  write_keys<Plan, kSums>(call, tile, at, dk, dv);
 }
 
 }  // namespace ring_attention::cuda::sm80

@@ -1,152 +1,186 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The products of the backward kernels, for a warp's 16 rows. Sums lie in registers as
-// mma.m16n8k16 leaves them, whatever the element type: of eight columns, a lane holds columns 2t
-// and 2t + 1 of row g as [0] and [1], of row g + 8 as [2] and [3]; g = lane / 4, t = lane % 4.
-//
-// 16-bit elements are multiplied by tensor cores. float32 is multiplied by FFMA, whose peak is a
-// sixteenth of theirs on an A100, from operands read again for every 16 rows: exact, and meant for
-// tests and small models.
+// The products of the backward kernels by tensor cores, for a warp's bands of 16 rows: what is read
+// of B serves all of them. See Note [warps of a tile]. Sums lie in registers as mma.m16n8k16 leaves
+// them: of a band and eight columns, a lane holds columns 2t and 2t + 1 of row g as [0] and [1], of
+// row g + 8 as [2] and [3]; g = lane / 4, t = lane % 4.
 #pragma once
 
-#include <type_traits>
-
 #include "../shared_tile.cuh"
+#include "backward_config.h"
 
 namespace ring_attention::cuda::sm80 {
 
-// A row of floats lies in shared memory like one of twice as many 16-bit elements.
-template <typename Elem, int kDim>
-constexpr int kColumns = kDim * static_cast<int>(sizeof(Elem)) / 2;
+// A of the scores: a warp's rows of a tile that stays.
+template <typename Plan, int kDim, typename Elem = typename Plan::Element>
+class KeptRows {
+ public:
+  RA_DEVICE KeptRows(uint32_t tile, int first_row) : shared_(tile, first_row) {}
 
-template <int kDim>
-RA_DEVICE float4 load_floats(uint32_t tile, int row, int chunk) {
-  const uint4 x = load_shared_16(tile + TileLayout<2 * kDim>::offset(row, chunk));
-  return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
-                     __uint_as_float(x.w));
-}
-
-// Two neighbouring columns of a row.
-template <int kDim>
-RA_DEVICE float2 load_pair(uint32_t tile, int row, int column) {
-  return load_shared_8(tile + TileLayout<2 * kDim>::offset(row, column / 4) + column % 4 * 4);
-}
-
-// sum = A B^T, A the warp's rows of one tile, B the rows of another.
-template <typename Elem, int kDim, int kTiles>
-RA_DEVICE void multiply(float (&sum)[kTiles][4], uint32_t a_tile, int first_row, uint32_t b_tile) {
-#pragma unroll
-  for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
-  if constexpr (std::is_same_v<Elem, Float32>) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll 1
-    for (int c = 0; c < kDim / 4; ++c) {
-      const float4 a0 = load_floats<kDim>(a_tile, first_row + g, c);
-      const float4 a1 = load_floats<kDim>(a_tile, first_row + g + 8, c);
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float4 b = load_floats<kDim>(b_tile, 8 * j + 2 * t + e, c);
-          sum[j][e] = fmaf(a0.x, b.x, sum[j][e]), sum[j][e + 2] = fmaf(a1.x, b.x, sum[j][e + 2]);
-          sum[j][e] = fmaf(a0.y, b.y, sum[j][e]), sum[j][e + 2] = fmaf(a1.y, b.y, sum[j][e + 2]);
-          sum[j][e] = fmaf(a0.z, b.z, sum[j][e]), sum[j][e + 2] = fmaf(a1.z, b.z, sum[j][e + 2]);
-          sum[j][e] = fmaf(a0.w, b.w, sum[j][e]), sum[j][e + 2] = fmaf(a1.w, b.w, sum[j][e + 2]);
-        }
-      }
-    }
-  } else {
-    const RowOperand<kDim> a(a_tile, first_row);
-    const TransposedOperand<kDim> b(b_tile);
-#pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      uint32_t rows[4];
-      a.load(rows, 0, d);
-#pragma unroll
-      for (int j = 0; j < kTiles; j += 2) {
-        uint32_t columns[4];
-        b.load(columns, 8 * j, d);
-        Elem::mma(sum[j], rows, columns[0], columns[1]);
-        Elem::mma(sum[j + 1], rows, columns[2], columns[3]);
-      }
-    }
-  }
-}
-
-// Which columns of a warp's weights are not all zero: bit 2 j + e for column 8 j + 2 t + e.
-template <int kTiles>
-RA_DEVICE uint32_t columns_in_use(const float (&weights)[kTiles][4]) {
-  uint32_t used = 0;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (weights[j][e] != 0.0f || weights[j][e + 2] != 0.0f) used |= 1u << (2 * j + e);
-    }
-  }
-  used |= __shfl_xor_sync(kAllLanes, used, 4);
-  used |= __shfl_xor_sync(kAllLanes, used, 8);
-  used |= __shfl_xor_sync(kAllLanes, used, 16);
-  return used;
-}
-
-// Two 16-bit elements, those kept whose bit is set.
-RA_DEVICE uint32_t kept_pair(uint32_t pair, uint32_t bits) {
-  return pair & ((bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u));
-}
-
-// sum += weights B. kSieve: where a column of the weights is all zero, the row of B that it meets
-// counts as zeros, too: it may be garbage, and 0 NaN = NaN.
-template <typename Elem, int kDim, bool kSieve, int kTiles>
-RA_DEVICE void accumulate(float (&sum)[kDim / 8][4], const float (&weights)[kTiles][4],
-                          uint32_t b_tile) {
-  const int lane = threadIdx.x % 32;
-  [[maybe_unused]] const uint32_t used = kSieve ? columns_in_use(weights) : 0;
-  if constexpr (std::is_same_v<Elem, Float32>) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll 1
-      for (int t = 0; t < 4; ++t) {
-        // The lane of the same rows that has these two columns.
-        const int owner = (lane & ~3) | t;
-        const uint32_t bits = kSieve ? __shfl_sync(kAllLanes, used, owner) >> (2 * j) : 3;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if ((bits >> e & 1) == 0) continue;
-          const float w0 = __shfl_sync(kAllLanes, weights[j][e], owner);
-          const float w1 = __shfl_sync(kAllLanes, weights[j][e + 2], owner);
-#pragma unroll
-          for (int d = 0; d < kDim / 8; ++d) {
-            const float2 b = load_pair<kDim>(b_tile, 8 * j + 2 * t + e, 8 * d + lane % 4 * 2);
-            sum[d][0] = fmaf(w0, b.x, sum[d][0]), sum[d][1] = fmaf(w0, b.y, sum[d][1]);
-            sum[d][2] = fmaf(w1, b.x, sum[d][2]), sum[d][3] = fmaf(w1, b.y, sum[d][3]);
-          }
-        }
-      }
-    }
-  } else {
-    const ColumnOperand<kDim> b(b_tile);
-#pragma unroll
-    for (int j = 0; j < kTiles; j += 2) {
-      const uint32_t rows[4] = {Elem::pack(weights[j][0], weights[j][1]),
-                                Elem::pack(weights[j][2], weights[j][3]),
-                                Elem::pack(weights[j + 1][0], weights[j + 1][1]),
-                                Elem::pack(weights[j + 1][2], weights[j + 1][3])};
+  // Once they have arrived.
+  RA_DEVICE void keep() {
+    if constexpr (Plan::kInRegisters) {
 #pragma unroll
       for (int d = 0; d < kDim; d += 16) {
-        uint32_t columns[4];
-        b.load(columns, 8 * j, d);
-        if constexpr (kSieve) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            columns[i] = kept_pair(columns[i], used >> (2 * (j + i % 2)));
-          }
+        for (int band = 0; band < Plan::kBands; ++band) {
+          shared_.load(registers_[d / 16][band], 16 * band, d);
         }
-        Elem::mma(sum[d / 8], rows, columns[0], columns[1]);
-        Elem::mma(sum[d / 8 + 1], rows, columns[2], columns[3]);
       }
     }
   }
+  RA_DEVICE void load(uint32_t (&a)[4], int band, int d) const {
+    if constexpr (Plan::kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = registers_[d / 16][band][i];
+    } else {
+      shared_.load(a, 16 * band, d);
+    }
+  }
+
+ private:
+  RowOperand<kDim> shared_;
+  uint32_t registers_[Plan::kInRegisters ? kDim / 16 : 1][Plan::kBands][4];
+};
+
+// first(j, e, r), of column 8 j + 2 t + e and row g + 8 r of a warp's.
+template <int kBands, int kTiles, typename First>
+RA_DEVICE void fill(float (&sum)[kBands][kTiles][4], const First& first) {
+#pragma unroll
+  for (int i = 0; i < kBands * kTiles * 4; ++i) {
+    const int j = i / (4 * kBands), r = i / 2 % (2 * kBands), e = i % 2;
+    sum[r / 2][j][e + r % 2 * 2] = first(j, e, r);
+  }
+}
+
+// sum = first + A B^T, B eight rows per tile of the sum, from b_row on, of a tile that passes by.
+template <typename Plan, int kDim, typename Elem, int kBands, int kTiles, typename First>
+RA_DEVICE void multiply(float (&sum)[kBands][kTiles][4], const KeptRows<Plan, kDim, Elem>& a,
+                        uint32_t b_tile, int b_row, const First& first) {
+  static_assert(kTiles % 2 == 0);
+  fill(sum, first);
+  const TransposedOperand<kDim> b(b_tile, b_row);
+#pragma unroll
+  for (int d = 0; d < kDim; d += 16) {
+    uint32_t rows[kBands][4];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) a.load(rows[band], band, d);
+#pragma unroll
+    for (int j = 0; j < kTiles; j += 2) {
+      uint32_t columns[4];
+      b.load(columns, 8 * j, d);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        Elem::mma(sum[band][j], rows[band], columns[0], columns[1]);
+        Elem::mma(sum[band][j + 1], rows[band], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// P or dS in shared memory, [rows][stream].
+template <typename Plan, typename Elem = typename Plan::Element>
+struct WeightTile {
+  using Layout = TileLayout<Plan::kStream>;
+  uint32_t tile;  // address
+
+  RA_DEVICE void store(const float (&weights)[Plan::kBands][Plan::kScoreTiles][4],
+                       const WarpPlace<Plan>& at) const {
+    const int lane = threadIdx.x % 32;
+    const uint32_t first =
+        tile + Layout::offset(at.row + lane / 4, at.side * Plan::kScoreTiles) + lane % 4 * 4;
+#pragma unroll
+    for (int band = 0; band < Plan::kBands; ++band) {
+#pragma unroll
+      for (int j = 0; j < Plan::kScoreTiles; ++j) {
+        const auto& x = weights[band][j];
+        const uint32_t to = (first ^ j * 16) + 16 * band * Layout::kRowBytes;
+        store_shared(to, Elem::pack(x[0], x[1]));
+        store_shared(to + 8 * Layout::kRowBytes, Elem::pack(x[2], x[3]));
+      }
+    }
+  }
+};
+
+// A of the sums: rows of the weights,
+template <typename Plan>
+struct WeightRows {
+  RowOperand<Plan::kStream> rows;
+
+  RA_DEVICE WeightRows(uint32_t tile, int first_row) : rows(tile, first_row) {}
+  RA_DEVICE void load(uint32_t (&a)[4], int band, int k) const { rows.load(a, 16 * band, k); }
+};
+
+// or columns of them: A is the weights transposed.
+template <typename Plan>
+struct WeightColumns {
+  using Layout = TileLayout<Plan::kStream>;
+  uint32_t lane;  // address
+
+  RA_DEVICE WeightColumns(uint32_t tile, int first_column) {
+    const int l = threadIdx.x % 32;
+    lane = tile + Layout::offset(l / 16 * 8 + l % 8, first_column / 8 + l / 8 % 2);
+  }
+  RA_DEVICE void load(uint32_t (&a)[4], int band, int k) const {
+    ldmatrix_x4_trans(a, Layout::advance(lane, 2 * band) + k * Layout::kRowBytes);
+  }
+};
+
+// Of two neighbouring 16-bit numbers those that are not zero, of either sign, as all ones.
+RA_DEVICE uint32_t not_zero(uint32_t pair) {
+  return (pair & 0x7fffu ? 0xffffu : 0u) | (pair & 0x7fff0000u ? 0xffff0000u : 0u);
+}
+
+// Note [sieve]. A row of B that no row of A weighs counts as zeros: it may be garbage, and 0 NaN =
+// NaN. Fragments of A and B have A's columns and B's rows in the same lanes: kept[0] is for those
+// of the first eight rows of B, kept[1] for the others.
+template <int kBands>
+RA_DEVICE void find_weighed(uint32_t (&kept)[2], const uint32_t (&a)[kBands][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) bits |= a[band][2 * half] | a[band][2 * half + 1];
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, lanes);
+    kept[half] = not_zero(bits);
+  }
+}
+
+// sum += A B. B: kDepth rows of a tile, and of its columns, by 16, every kShares-th of `share`.
+template <typename Elem, int kDim, int kDepth, int kShares, bool kSieve, typename A, int kBands,
+          int kTiles>
+RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4], const A& a, uint32_t b_tile, int share) {
+  const ColumnOperand<kDim> b(b_tile, 0, 16 * share);
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t rows[kBands][4], kept[2];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) a.load(rows[band], band, k);
+    if constexpr (kSieve) find_weighed(kept, rows);
+#pragma unroll
+    for (int j = 0; j < kTiles; j += 2) {
+      uint32_t columns[4];
+      b.load(columns, k, 8 * kShares * j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kSieve) columns[i] &= kept[i % 2];
+      }
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        Elem::mma(sum[band][j], rows[band], columns[0], columns[1]);
+        Elem::mma(sum[band][j + 1], rows[band], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// sum += weights B, for the rows and the columns of a warp.
+template <int kDim, bool kSieve, typename Plan, typename Elem, int kBands, int kTiles>
+RA_DEVICE void accumulate(float (&sum)[kBands][kTiles][4], const WeightTile<Plan, Elem>& weights,
+                          const WarpPlace<Plan>& at, uint32_t b_tile) {
+  accumulate<Elem, kDim, Plan::kStream, Plan::kSides, kSieve>(
+      sum, WeightRows<Plan>(weights.tile, at.row), b_tile, at.side);
 }
 
 }  // namespace ring_attention::cuda::sm80

@@ -11,24 +11,25 @@ namespace ring_attention::cuda::sm80 {
 constexpr int kRowThreads = 256;
 constexpr int kGroupThreads = 32 * 32;
 
-// stats[batch, heads, padded]. lse is scaled to log2 units in double, for two floats hold it.
+// row_lse, row_lse_low, minus_delta. lse is scaled to log2 units in double, for two floats hold it.
 __global__ void __launch_bounds__(kRowThreads)
     row_stats(const __grid_constant__ BackwardCall call) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (index >= call.batch * call.heads * call.padded) return;
   const int row = static_cast<int>(index % call.padded);
-  RowStats stats{kInfinity, 0.0f, 0.0f, 0.0f};
+  float lse = kInfinity, lse_low = 0.0f, delta = 0.0f;
   if (row < call.q_len) {
     const int64_t at = index / call.padded * call.q_len + row;
-    const float lse = call.lse[at];
-    if (lse != -kInfinity) {
-      const double log2 = lse * 1.44269504088896340736;
-      stats.lse = static_cast<float>(log2);
-      stats.lse_low = isinf(stats.lse) ? 0.0f : static_cast<float>(log2 - stats.lse);
-      stats.delta = call.delta[at];
+    if (call.lse[at] != -kInfinity) {
+      const double log2 = call.lse[at] * 1.44269504088896340736;
+      lse = static_cast<float>(log2);
+      lse_low = isinf(lse) ? 0.0f : static_cast<float>(log2 - lse);
+      delta = call.delta[at];
     }
   }
-  call.stats[index] = stats;
+  call.row_lse[index] = lse;
+  call.row_lse_low[index] = lse_low;
+  call.minus_delta[index] = -delta;
 }
 
 RA_DEVICE RowsRange united(RowsRange range) {

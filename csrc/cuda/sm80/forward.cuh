@@ -71,14 +71,19 @@ class Forward {
     smem_.plan.template make<Tile::kRows, kKeys>(call_.blocks, tile_, first, sizeof(Elem), part_);
     __syncthreads();
     KeyCursor<kKeys> tile(smem_.plan), ahead(smem_.plan);
-    load_v_next_ = false;
     slot_ = 0;
 #pragma unroll
-    for (int i = 0; i < Tile::kStages - 1; ++i) load_ahead(ahead, i);
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+      if (i % 2 == 0) {
+        load_k(ahead, i);
+      } else {
+        load_v(ahead, i);
+      }
+    }
     while (!tile.done(smem_.plan)) {
       const KeyRun& run = smem_.plan.run(tile.run);
       const bool full = run.covers(tile.from, tile.from + kKeys);
-      const uint32_t k_tile = next_tile(ahead);
+      const uint32_t k_tile = next_tile<kLastIsK>(ahead);
       float scores[kBands][kKeys / 8][4];
       uint32_t probs[kBands][kKeys / 16][4];
       if (working_) {
@@ -87,7 +92,7 @@ class Forward {
         if (!full) mask(scores, run, tile.from);
         softmax_update(scores, probs);
       }
-      const uint32_t v_tile = next_tile(ahead);
+      const uint32_t v_tile = next_tile<!kLastIsK>(ahead);
       if (!full && !run.whole) {
         clear_unseen<Tile::kRows, kKeys, kV>(v_tile, run, tile_, tile.from);
         __syncthreads();
@@ -161,31 +166,41 @@ class Forward {
 
   // ---- The ring. Step u takes tile u, and loads tile u + kStages - 1 over tile u - 1.
 
+  // Tiles of the ring are K, V, K, V, ...: whether those that K steps load are K too.
+  static constexpr bool kLastIsK = Tile::kStages % 2 == 1;
+
   // The tile after those on their way, into a slot; an empty group where there is none.
-  RA_DEVICE void load_ahead(KeyCursor<kKeys>& ahead, int slot) {
+  RA_DEVICE void load_k(const KeyCursor<kKeys>& ahead, int slot) {
     if (!ahead.done(smem_.plan)) {
       const KeyRun& run = smem_.plan.run(ahead.run);
-      const uint32_t to = shared_address(smem_.ring[slot]);
-      if (!load_v_next_) {
-        TileCopy<kQk, Tile::kThreads>::template rows<kKeys>(
-            to, run.k, run.k_row, ahead.from, run.begin, run.end,
-            static_cast<int>(call_.params.head_dim));
-      } else {
-        TileCopy<kV, Tile::kThreads>::template rows<kKeys>(
-            to, run.v, run.v_row, ahead.from, run.begin, run.end,
-            static_cast<int>(call_.params.v_head_dim));
-        ahead.next(smem_.plan);
-      }
-      load_v_next_ = !load_v_next_;
+      TileCopy<kQk, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.k,
+                                                          run.k_row, ahead.from, run.begin, run.end,
+                                                          static_cast<int>(call_.params.head_dim));
+    }
+    cp_async_commit();
+  }
+  RA_DEVICE void load_v(KeyCursor<kKeys>& ahead, int slot) {
+    if (!ahead.done(smem_.plan)) {
+      const KeyRun& run = smem_.plan.run(ahead.run);
+      TileCopy<kV, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.v,
+                                                         run.v_row, ahead.from, run.begin, run.end,
+                                                         static_cast<int>(call_.params.v_head_dim));
+      ahead.next(smem_.plan);
     }
     cp_async_commit();
   }
 
   // Waits for the next tile of the ring and returns it; the one before it is free from here on.
+  template <bool kLoadK>
   RA_DEVICE uint32_t next_tile(KeyCursor<kKeys>& ahead) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();
-    load_ahead(ahead, slot_ == 0 ? Tile::kStages - 1 : slot_ - 1);
+    const int free = slot_ == 0 ? Tile::kStages - 1 : slot_ - 1;
+    if constexpr (kLoadK) {
+      load_k(ahead, free);
+    } else {
+      load_v(ahead, free);
+    }
     const uint32_t tile = shared_address(smem_.ring[slot_]);
     slot_ = slot_ + 1 == Tile::kStages ? 0 : slot_ + 1;
     return tile;
@@ -368,7 +383,6 @@ class Forward {
   const int warp_row_;
   const bool working_;  // this warp has rows
 
-  bool load_v_next_ = false;
   int slot_ = 0;  // of the ring, the next to be taken
   float acc_[kBands][kV / 8][4] = {};
   RowState state_[kBands][2];

@@ -12,6 +12,11 @@
 namespace ptxvm {
 namespace {
 
+// 4, 8 or 16 bytes: of a size that the compiler knows.
+void fill_with_nan(uint8_t* to, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; i += 4) std::memset(to + i, 0xff, 4);
+}
+
 // arg: destination, source, bytes of the source (the rest becomes zeros), displacement of the
 // destination; immediate: bytes.
 Flow run_copy(Warp& warp, const Instruction& in, LaneMask lanes) {
@@ -39,7 +44,7 @@ Flow run_copy(Warp& warp, const Instruction& in, LaneMask lanes) {
     }
     if (launch.checks.races)
       warp.block.races.begin_copy(warp.accessor(lane), copy.destination - kSharedBegin, bytes);
-    std::fill_n(warp.block.shared(copy.destination), bytes, uint8_t{0xff});
+    fill_with_nan(warp.block.shared(copy.destination), bytes);
     warp.issue_copy(copy);
   });
   ++launch.statistics.copies;

@@ -120,12 +120,13 @@ Flow run_ldmatrix(Warp& warp, const Instruction& in, LaneMask lanes) {
   const MatrixRows rows = matrix_rows(warp, in, in.elements);
   const int wrong = warp.block.launch.checks.wrong_ldmatrix;
   const bool transposed = kTransposed != (wrong == 1);
+  const bool races = warp.block.launch.checks.races;
+  SharedRaces::Reads reads(warp.block.races, warp.clock, warp.pc());
   for (int i = 0; i < in.elements; ++i) {
     uint16_t matrix[8][8];
     for (int r = 0; r < 8; ++r) {
       const uint32_t at = rows.address[i][r];
-      if (warp.block.launch.checks.races)
-        warp.block.races.read(warp.accessor(8 * i + r), at - kSharedBegin, 16, Reader::kCollective);
+      if (races) reads.row(8 * i + r, at - kSharedBegin);
       std::memcpy(matrix[r], warp.block.shared(at), 16);
     }
     Lanes<uint32_t> values;

@@ -19,37 +19,87 @@ Space space_of(const Decoder& d) {
   return Space::kGeneric;
 }
 
-// arg: destinations, address. Values are extended to the register's width as T is signed or not.
-template <typename T>
-Flow run_load(Warp& warp, const Instruction& in, LaneMask lanes) {
-  const Lanes<uint64_t> address = addresses(warp, in, in.elements);
-  const uint32_t bytes = sizeof(T) * in.elements;
-  if (in.space == Space::kShared) count_passes(warp, address, lanes, bytes);
-  for_lanes(lanes, [&](int lane) {
-    const uint8_t* from = access_memory(warp, in.space, address[lane], bytes, lane, Use::kRead);
-    for (int i = 0; i < in.elements; ++i) {
-      T value;
-      std::memcpy(&value, from + i * sizeof(T), sizeof(T));
-      warp.set_lane_value(in.arg[i], lane, in.wide_destination, static_cast<uint64_t>(value));
+bool same_for_all(const Lanes<uint64_t>& address) {
+  uint64_t different = 0;
+  for (int lane = 0; lane < kLanes; ++lane) different |= address[lane] ^ address[0];
+  return different == 0;
+}
+
+// Calls move(lane, from) for each lane with where its address lies, checked.
+template <uint32_t kBytes, typename Move>
+void for_sources(Warp& warp, Space space, const Lanes<uint64_t>& address, LaneMask lanes,
+                 const Move& move) {
+  if (space == Space::kShared) {
+    count_passes(warp, address, lanes, kBytes);
+    SharedRaces::Reads reads(warp.block.races, warp.clock, warp.pc());
+    const bool races = warp.block.launch.checks.races;
+    if (lanes == kAllLanes && same_for_all(address)) {
+      const uint32_t at = shared_address(warp, address[0], kBytes, 0);
+      if (!races || reads.together(at - kSharedBegin, kBytes)) {
+        for_lanes(lanes, [&](int lane) { move(lane, warp.block.shared(at)); });
+        return;
+      }
     }
-  });
+    for_lanes(lanes, [&](int lane) {
+      const uint32_t at = shared_address(warp, address[lane], kBytes, lane);
+      if (races) reads.lane(lane, at - kSharedBegin, kBytes);
+      move(lane, warp.block.shared(at));
+    });
+  } else if (space == Space::kParam && lanes == kAllLanes && same_for_all(address)) {
+    const uint8_t* from = access_memory(warp, space, address[0], kBytes, 0, Use::kRead);
+    for_lanes(lanes, [&](int lane) { move(lane, from); });
+  } else if (space == Space::kGlobal) {
+    for_lanes(lanes, [&](int lane) {
+      move(lane, access_global(warp, address[lane], kBytes, lane, Use::kRead));
+    });
+  } else {
+    for_lanes(lanes, [&](int lane) {
+      move(lane, access_memory(warp, space, address[lane], kBytes, lane, Use::kRead));
+    });
+  }
+}
+
+// arg: destinations, address. Values are extended to the register's width as T is signed or not.
+template <typename T, int kElements, typename Register>
+Flow run_load(Warp& warp, const Instruction& in, LaneMask lanes) {
+  const Lanes<uint64_t> address = addresses(warp, in, kElements);
+  uint8_t* rows[kElements];
+  for (int i = 0; i < kElements; ++i) rows[i] = warp.row(in.arg[i]);
+  for_sources<sizeof(T) * kElements>(
+      warp, in.space, address, lanes, [&](int lane, const uint8_t* from) {
+        for (int i = 0; i < kElements; ++i) {
+          T value;
+          std::memcpy(&value, from + i * sizeof(T), sizeof(T));
+          const auto extended = static_cast<Register>(value);
+          std::memcpy(rows[i] + lane * sizeof(Register), &extended, sizeof(Register));
+        }
+      });
   return Flow::kNext;
 }
 
 // arg: address, values.
-template <typename T>
+template <typename T, int kElements, typename Register>
 Flow run_store(Warp& warp, const Instruction& in, LaneMask lanes) {
+  constexpr uint32_t kBytes = sizeof(T) * kElements;
   const Lanes<uint64_t> address = addresses(warp, in, 0);
-  const uint32_t bytes = sizeof(T) * in.elements;
-  if (in.space == Space::kShared) count_passes(warp, address, lanes, bytes);
+  if (in.space == Space::kShared) count_passes(warp, address, lanes, kBytes);
+  const uint8_t* rows[kElements];
+  for (int i = 0; i < kElements; ++i) rows[i] = warp.row(in.arg[1 + i]);
   for_lanes(lanes, [&](int lane) {
-    uint8_t* to = access_memory(warp, in.space, address[lane], bytes, lane, Use::kWrite);
-    for (int i = 0; i < in.elements; ++i) {
-      const uint64_t value = warp.lane_value(in.arg[1 + i], lane, in.wide_source);
-      std::memcpy(to + i * sizeof(T), &value, sizeof(T));
-    }
+    uint8_t* to = access_memory(warp, in.space, address[lane], kBytes, lane, Use::kWrite);
+    for (int i = 0; i < kElements; ++i)
+      std::memcpy(to + i * sizeof(T), rows[i] + lane * sizeof(Register), sizeof(T));
   });
   return Flow::kNext;
+}
+
+// Calls f with a constant of the number of elements, and a zero of the register's type.
+template <typename F>
+bool with_vector(int elements, bool wide, F&& f) {
+  const auto of = [&](auto count) { return wide ? f(count, uint64_t{}) : f(count, uint32_t{}); };
+  if (elements == 1) return of(std::integral_constant<int, 1>{});
+  if (elements == 2) return of(std::integral_constant<int, 2>{});
+  return of(std::integral_constant<int, 4>{});
 }
 
 // Floating and bit types move like integers of their size.
@@ -72,8 +122,12 @@ bool ld(Decoder& d) {
   d.instruction.space = space_of(d);
   d.address(1, destinations.size());
   return with_integer(as_integer(d.type()), [&](auto zero) {
-    d.instruction.run = run_load<decltype(zero)>;
-    return true;
+    using T = decltype(zero);
+    return with_vector(d.instruction.elements, d.instruction.wide_destination,
+                       [&](auto count, auto whole) {
+                         d.instruction.run = run_load<T, count(), decltype(whole)>;
+                         return true;
+                       });
   });
 }
 
@@ -86,8 +140,12 @@ bool st(Decoder& d) {
   d.instruction.space = space_of(d);
   d.address(0, 0);
   return with_integer(as_integer(d.type()), [&](auto zero) {
-    d.instruction.run = run_store<decltype(zero)>;
-    return true;
+    using T = decltype(zero);
+    return with_vector(d.instruction.elements, d.instruction.wide_source,
+                       [&](auto count, auto whole) {
+                         d.instruction.run = run_store<T, count(), decltype(whole)>;
+                         return true;
+                       });
   });
 }
 

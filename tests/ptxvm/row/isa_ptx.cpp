@@ -51,8 +51,12 @@ void set_up() {
     device.smem_optin_bytes = static_cast<int>(setting("RING_ATTENTION_PTXVM_SMEM", 163)) * 1024;
     ptxvm::set_device(device);
     ptxvm::set_seed(static_cast<uint64_t>(setting("RING_ATTENTION_PTXVM_SEED", 1)));
-    // After the machine was made, so that it is still there.
-    if (std::getenv("RING_ATTENTION_PTXVM_STATISTICS") != nullptr) std::atexit(write_statistics);
+    if (std::getenv("RING_ATTENTION_PTXVM_STATISTICS") != nullptr) {
+      ptxvm::Checks checks = ptxvm::checks();
+      checks.bank_conflicts = true;
+      ptxvm::set_checks(checks);
+      std::atexit(write_statistics);  // after the machine was made, so that it is still there
+    }
     return true;
   }();
   static_cast<void>(once);

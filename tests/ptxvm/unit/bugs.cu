@@ -345,8 +345,13 @@ __global__ void strided(float* out) {
 template <int kStride>
 uint64_t conflicts() {
   Buffer<float> out(32);
+  const ptxvm::Checks before = ptxvm::checks();
+  ptxvm::Checks checks = before;
+  checks.bank_conflicts = true;
+  ptxvm::set_checks(checks);
   ptxvm::reset_statistics();
   strided<kStride><<<1, 32>>>(out.data());
+  ptxvm::set_checks(before);
   const ptxvm::Statistics statistics = ptxvm::statistics().begin()->second;
   unit::expect_equal(statistics.shared_passes, uint64_t{2}, "passes");
   return statistics.bank_conflicts;
