@@ -34,14 +34,16 @@ def bounds(p: Problem, exact: list[Tensor]) -> list[Tensor]:
     shift = lse.masked_fill(torch.isinf(lse), 0.0)[..., None]
     prob = torch.exp(s - shift).masked_fill(hidden, 0.0)
     high_rel = high * (8 + 2 * size + 2 * row)
-    # What is too small for the state's dtype may vanish.
+    # What is too small for the state's dtype may vanish; float16 has fixed steps below 2^-14.
     lost = torch.finfo(ops.state_dtype(p.q.dtype)).tiny
-    error_p = prob * (high_rel + low) + lost
+    step = torch.finfo(p.q.dtype).tiny * torch.finfo(p.q.dtype).eps if low else 0.0
+    error_p = prob * (high_rel + low) + lost + step
     slope = 1 - (s / p.softcap) ** 2 if p.softcap else 1.0
     delta = (dout * (prob @ v)).sum(dim=-1, keepdim=True)
     delta = delta + dlse_of(p, lse).double().abs()[..., None]
     size_ds = abs(p.scale) * (dout @ v.mT + delta)
-    error_ds = size_ds * (prob * (2 * high_rel + 2 * low * slope) + lost)
+    error_ds = size_ds * (prob * (2 * high_rel + 2 * low * slope) + lost + step)
+    error_ds = error_ds + abs(p.scale) * step
 
     def by_kv_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (p.k.shape[1], groups)).sum(dim=2)

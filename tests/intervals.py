@@ -85,6 +85,12 @@ def shifted(batch: int, q_len: int, k_len: int) -> Interval:
     return stacked((begin, begin + 75))
 
 
+def late(batch: int, q_len: int, k_len: int) -> Interval:
+    """No row sees the first 75 keys."""
+    rows = torch.arange(q_len)[None]
+    return stacked((4 * rows + 75, 4 * rows + 520))
+
+
 def turns(batch: int, q_len: int, k_len: int) -> Interval:
     """Some rows see all keys by their first interval, the others a few by their second."""
     rows = torch.arange(q_len)[None]
@@ -118,7 +124,13 @@ def jumps(batch: int, q_len: int, k_len: int) -> Interval:
     return stacked((torch.where(early, 0, 67), torch.where(early, 3, 70)))
 
 
-GAPS = [moving_gap, rising_gap, falling_gap]
+def comb(batch: int, q_len: int, k_len: int) -> Interval:
+    """Two keys of every eight, by one row each."""
+    rows = torch.arange(q_len)[None]
+    return stacked((8 * rows + 1, 8 * rows + 3))
+
+
+GAPS = [moving_gap, rising_gap, falling_gap, comb]
 MASKS: list[Callable[[int, int, int], Interval]] = [
     full,
     causal,

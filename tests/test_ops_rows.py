@@ -16,6 +16,7 @@ from intervals import (
     each_mask,
     full,
     jumps,
+    late,
     one_row_differs,
     one_row_sees,
     padded,
@@ -77,11 +78,12 @@ def test_keys_between_any_two_rows_do_not_count(dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @each_low
 @pytest.mark.parametrize(
-    "mask", [one_row_differs, one_row_sees, shifted, turns], ids=lambda m: m.__name__
+    "mask", [late, one_row_differs, one_row_sees, shifted, turns], ids=lambda m: m.__name__
 )
 def test_what_is_found_out_about_many_rows(mask: Any, dtype: torch.dtype) -> None:
     """Which keys some rows see, and which all: reductions over rows, whose every step counts."""
-    batch, q_len, k_len = {shifted: (6, 40, 150), turns: (2, 130, 150)}.get(mask, (12, 40, 128))
+    sizes = {late: (1, 40, 700), shifted: (6, 40, 150), turns: (2, 130, 150)}
+    batch, q_len, k_len = sizes.get(mask, (12, 40, 128))
     shape = {"batch": batch, "q_len": q_len, "k_len": k_len}
     assert_matches_reference(problem(dtype, mask, heads=1, kv_heads=1, **shape))
 

@@ -32,6 +32,8 @@ def backward_problems(drive: Drive) -> Iterator[tuple[str, Any]]:
     one: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1}
     few = t.problem(dtype, masks.full, q_len=530, k_len=9, head_dim=dim, v_head_dim=v_dim, **one)
     yield "few keys", (few, (5,))
+    late = t.problem(dtype, masks.late, q_len=40, k_len=700, head_dim=dim, v_head_dim=v_dim, **one)
+    yield "late", (late, ())  # and few rows: keys in parts
     # Heads in parts, which lie in memory block after block.
     shape = {"batch": 1, "heads": 4, "kv_heads": 2, "head_dim": dim, "v_head_dim": v_dim}
     parts = t.problem(dtype, masks.causal, q_len=40, k_len=90, **shape)

@@ -122,7 +122,7 @@ def addresses_of_prefetches(code: Sequence[Instruction]) -> set[int]:
 
 
 def ways_to_divide(code: Sequence[Instruction]) -> set[int]:
-    """or.b64 a, x, y;  and.b64 b, a, -2^32;  setp.eq.s64 p, b, 0;  @p bra: all four."""
+    """or.b64 a, x, y;  and.b64 b, a, -2^32;  setp.eq.s64 p, b, 0;  @p bra. There may be no or."""
     found = set()
     for i, one in enumerate(code[:-2]):
         test, jump = code[i + 1], code[i + 2]
@@ -130,9 +130,10 @@ def ways_to_divide(code: Sequence[Instruction]) -> set[int]:
             one.text.endswith(", -4294967296")
             and test.opcode.startswith(("setp.eq.s64", "setp.ne.s64"))
             and jump.opcode == "bra"
-            and code[i - 1].opcode == "or.b64"
         ):
-            found |= {i - 1, i, i + 1, i + 2}
+            found |= {i, i + 1, i + 2}
+            if code[i - 1].opcode == "or.b64":
+                found.add(i - 1)
     return found
 
 
