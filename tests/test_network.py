@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import ring_attention as ra
-from network import Hop, Measured, Shape, Shaped, measured_break_even, predicted, simulated
+from break_even import Hop, Measured, Shaped, measured_break_even, predicted, simulated
+from network_rank import Shape
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -20,11 +21,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def turn(sending: bool, wait_s: float) -> tuple[dict[str, Any], ...]:
     """Two ranks of which the second waits; folds take two seconds, one of them hides the hop."""
     common = {"sending": sending, "start_s": 5.0, "compute": 2.0, "bytes": 100}
-    common["hops"] = [{"bytes": 100, "moved": 200, "hiding_s": 1.0}]
+    hop = {"bytes": 100, "moved": 200, "hiding_s": 1.0}
     return tuple(
         common
+        | {"hops": [hop | {"waited_s": waited}]}
         | {"wait": waited, "end_s": 7.0 + waited, "cpu_s": 2.5 if sending else 2.0}
-        | {"posted_s": [5.0], "arrived_s": [6.0 + waited]}
+        | {"posts": [[4.75, 5.25 if sending else 5.0]], "arrived_s": [6.0 + waited]}
         for waited in (0.0, wait_s)
     )
 
@@ -37,6 +39,7 @@ def test_measured_break_even_is_where_waiting_ends() -> None:
         points.append(Measured.of(tokens, [turn(True, exposed_s), turn(False, 0.0)]))
     assert measured_break_even(points) == pytest.approx(1000)
     assert [p.waiting for p in points] == pytest.approx([1 / 3, 0.25 / 2.25, 0])
+    assert [p.link_waiting for p in points] == pytest.approx([1 / 3, 0.25 / 2.25, 0])
     assert [p.seconds for p in points] == pytest.approx([3, 2.25, 2])
     assert points[0].hops == [Hop(100, 200, 1.0)] and points[0].alone_s == 2
     assert points[0].sent_bytes == 100
@@ -45,6 +48,14 @@ def test_measured_break_even_is_where_waiting_ends() -> None:
     assert predicted(points, Shaped(50.0, 0.0)) == pytest.approx(2 * 1300)  # flat beyond the last
     # A hundredth of a second for each of 200 bytes moved hides the 2 s of a hop.
     assert points[0].break_even(Shaped(50.0, 0.01)) == 0
+
+
+def test_waiting_for_a_late_rank_is_not_for_the_link() -> None:
+    late, waits = turn(True, 3.0)
+    late |= {"posts": [[7.75, 8.25]], "arrived_s": [9.0], "end_s": 10.0}
+    measured = Measured.of(1000, [(late, waits), turn(False, 0.0)])
+    assert measured.waiting == pytest.approx(3 / 5) and measured.link_waiting == 0
+    assert measured.exposed == pytest.approx(1)
 
 
 def test_the_worst_hop_counts() -> None:

@@ -87,7 +87,8 @@ def _exchange(rank: int, store: str, megabytes: int, rounds: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
     def exchange(mine: torch.Tensor, other: torch.Tensor) -> None:
-        for work in (dist.isend(mine, 1 - rank), dist.irecv(other, 1 - rank)):
+        # Receives first, as a ring posts them: gloo's two directions would take turns.
+        for work in (dist.irecv(other, 1 - rank), dist.isend(mine, 1 - rank)):
             assert work is not None
             work.wait()
 

@@ -148,6 +148,8 @@ LONG(and_b64, "and.b64 %0, %1, %2;", u64, a& b)
 INT(lop3_0xe8, "lop3.b32 %0, %1, %2, %3, 0xe8;", u32, (a & b) | (a & c) | (b & c))
 INT(lop3_0x96, "lop3.b32 %0, %1, %2, %3, 0x96;", u32, a ^ b ^ c)
 INT(shl_b32, "shl.b32 %0, %1, %2;", u32, b > 31 ? 0 : a << b)
+FORM(shr_u16, "shr.u16 %0, %1, %3;", "h", "h", "r", uint16_t, uint16_t, u32,
+     uint16_t(c > 15 ? 0 : a >> c))
 INT(shr_u32, "shr.u32 %0, %1, %2;", u32, b > 31 ? 0 : a >> b)
 INT(shr_s32, "shr.s32 %0, %1, %2;", s32, a >> std::min<u32>(u32(b), 31))
 FORM(shl_b64, "shl.b64 %0, %1, %3;", "l", "l", "r", u64, u64, u32, c > 63 ? 0 : a << c)
