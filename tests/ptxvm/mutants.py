@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from virtual_gpu import VirtualGpu, distances, reaches_all_lanes, without_consequence
+from virtual_gpu import VirtualGpu, same_mutants, without_consequence
 
 SMALL = {"RING_ATTENTION_PTXVM_SMEM": "99"}
 ATOMIC = {"RING_ATTENTION_CUDA_BACKWARD": "atomic"}
@@ -164,15 +164,14 @@ def examine(target: Target, mutants: int, seed: int, seconds: float) -> Result:
     result = Result(len(code), len(executed))
     places = Counter(one.place for i, one in enumerate(code) if i not in executed)
     result.unexecuted = [f"{count} at {place}" for place, count in places.items()]
-    worthwhile, reduces = sorted(executed - without_consequence(code)), distances(code)
+    worthwhile = sorted(executed - without_consequence(code))
+    same = same_mutants(code)
     draw = random.Random(f"{seed} {target.kernel}")
     tried: set[tuple[int, str]] = set()
     while len(tried) < mutants and time.perf_counter() - start < seconds:
         i = draw.choice(worthwhile)
         mutant = gpu.mutate(i, draw.getrandbits(63))
-        if not mutant or (i, mutant) in tried:
-            continue
-        if i in reduces and reaches_all_lanes(reduces[i], mutant):
+        if not mutant or (i, mutant) in tried or same(i, mutant):
             continue
         tried.add((i, mutant))
         if how := killed_by(gpu, i, cases):

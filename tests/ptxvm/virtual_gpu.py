@@ -5,7 +5,7 @@ import ctypes
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,15 +97,21 @@ def prefetching(code: Sequence[Instruction]) -> set[int]:
     }
 
 
-def addresses_of_prefetches(code: Sequence[Instruction]) -> set[int]:
+def readers_of(code: Sequence[Instruction]) -> dict[str, set[int]]:
+    """Of each register, guards aside: these are not in an instruction's text."""
     readers = defaultdict(set)
     for i, one in enumerate(code):
         writes = not one.opcode.startswith(("st.", "bra", "bar.", "cp.async", "prefetch", "red."))
         for register in one.registers[1 if writes else 0 :]:
             readers[register].add(i)
+    return readers
+
+
+def addresses_of_prefetches(code: Sequence[Instruction]) -> set[int]:
+    readers = readers_of(code)
     hints = {i for i, one in enumerate(code) if one.opcode.startswith("prefetch")}
     while True:
-        # A guard's reading of a predicate is not in the text: comparisons are left out.
+        # Of predicates not all readers are known: comparisons are left out.
         more = {
             i
             for i, one in enumerate(code)
@@ -137,6 +143,21 @@ def ways_to_divide(code: Sequence[Instruction]) -> set[int]:
     return found
 
 
+def same_mutants(code: Sequence[Instruction]) -> Callable[[int, str], bool]:
+    """Tells of an instruction and its mutant whether that is the kernel again, to be seen by text.
+
+    It may sum the lanes of a warp in another order, and have another number for true.
+    """
+    reduces, truths = distances(code), flags(code)
+
+    def same(instruction: int, mutant: str) -> bool:
+        if instruction in reduces:
+            return reaches_all_lanes(reduces[instruction], mutant)
+        return instruction in truths and still_true(mutant)
+
+    return same
+
+
 def distances(code: Sequence[Instruction]) -> dict[int, int]:
     """Where reductions over a warp set the distances of their shuffles: 16, 8, 4, 2 and 1."""
     moves = {}
@@ -159,3 +180,27 @@ def reaches_all_lanes(distance: int, mutant: str) -> bool:
     """
     now = -1 if mutant == "nothing" else int(mutant.split()[-1])
     return now & distance != 0
+
+
+def flags(code: Sequence[Instruction]) -> set[int]:
+    """Where a register becomes 1 for true, and is only ever compared with 0."""
+    readers = readers_of(code)
+
+    def is_flag(register: str, seen: frozenset[str] = frozenset()) -> bool:
+        return register in seen or all(
+            re.fullmatch(r"setp\.(eq|ne)\.s16 .*, 0", code[i].text) is not None
+            or (code[i].opcode == "mov.u16" and is_flag(code[i].registers[0], seen | {register}))
+            for i in readers[register]
+        )
+
+    true = re.compile(r"selp\.u16 (%rs\d+), 1, 0, %p\d+|mov\.u16 (%rs\d+), 1")
+    return {
+        i for i, one in enumerate(code) if true.fullmatch(one.text) and is_flag(one.registers[0])
+    }
+
+
+def still_true(mutant: str) -> bool:
+    """Whether such a flag has another number for true, and 0 for false as before."""
+    return (
+        re.fullmatch(r"(mov\.u16 %rs\d+, \d+|selp\.u16 %rs\d+, \d+, 0, %p\d+)", mutant) is not None
+    )
