@@ -8,7 +8,7 @@
 #   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
-#   make vm-full the same for every parameter and five seeds; hours, with -j2 half as many
+#   make vm-full the same for every parameter and five seeds; half an hour with -j2
 #   make mutants how many single changes of the CUDA kernels those tests notice; an hour
 #   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #

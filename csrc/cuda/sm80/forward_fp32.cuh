@@ -146,24 +146,23 @@ class ForwardFp32 {
     });
   }
 
-  // S = Q K^T in log2 units, of this warp's rows and this lane's key.
+  // S = Q K^T in log2 units, of this warp's rows and this lane's key. Each a chain of sums in the
+  // order of the backward's, see multiply_add() in backward_products_fp32.cuh: of scores in the
+  // hundreds another order makes another P than the one lse is the sum of.
   RA_DEVICE void multiply_keys(float (&scores)[kRows]) const {
-    float4 sums[kRows] = {};
+    float sums[kRows] = {};
     const float* q = smem_.q + warp_row_ * Tile::kDim;
     for (int d = 0; d < call_.params.head_dim; d += 4) {
       const float4 k = *reinterpret_cast<const float4*>(smem_.keys + lane_ * kPitch + d);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float4 x = *reinterpret_cast<const float4*>(q + r * Tile::kDim + d);
-        sums[r].x = fmaf(x.x, k.x, sums[r].x), sums[r].y = fmaf(x.y, k.y, sums[r].y);
-        sums[r].z = fmaf(x.z, k.z, sums[r].z), sums[r].w = fmaf(x.w, k.w, sums[r].w);
+        sums[r] = fmaf(x.y, k.y, fmaf(x.x, k.x, sums[r]));
+        sums[r] = fmaf(x.w, k.w, fmaf(x.z, k.z, sums[r]));
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float product = (sums[r].x + sums[r].y) + (sums[r].z + sums[r].w);
-      scores[r] = call_.scale.apply<kSoftcap>(product);
-    }
+    for (int r = 0; r < kRows; ++r) scores[r] = call_.scale.apply<kSoftcap>(sums[r]);
   }
 
   // -inf where a row does not see a key. A select: what an unseen key gives may be NaN.
