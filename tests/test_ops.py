@@ -65,6 +65,21 @@ def test_error_is_at_most_twice_torchs(mask: Any, head_dim: int, dtype: torch.dt
 
 @pytest.mark.isa
 @each_low
+def test_error_of_scores_beyond_a_hundred(dtype: torch.dtype) -> None:
+    """P of the backward is the one that lse is the sum of, whatever a score's own rounding."""
+    p = problem(dtype, full, q_len=130, k_len=150, head_dim=64, scale=0.4, dlse=False)
+    p.q.copy_(p.q.abs() * p.q.sign()[..., :1])
+    p.k.copy_(p.k.abs() * torch.linspace(0.25, 6.0, 150)[:, None])
+    exact, plain = theirs(p, torch.float64), theirs(p, dtype)
+    assert exact[1].abs().max() > 100
+    got = ours(p)
+    for i, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
+        mine, best = rms_error(got[i], exact[i]), rms_error(plain[i], exact[i])
+        assert mine <= 2 * best, f"{name}: {mine / best:.2f} times torch's"
+
+
+@pytest.mark.isa
+@each_low
 def test_many_tiles(dtype: torch.dtype) -> None:
     """Longer than any tile or chunk of the kernels, and no multiple of one."""
     lengths = {"q_len": long(523, 267), "k_len": long(775, 331)}
