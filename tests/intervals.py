@@ -85,6 +85,14 @@ def shifted(batch: int, q_len: int, k_len: int) -> Interval:
     return stacked((begin, begin + 75))
 
 
+def far_apart(batch: int, q_len: int, k_len: int) -> Interval:
+    """One row in 2048 sees keys, in another bit of the number of its 64 rows each time."""
+    rows = torch.arange(q_len)[None]
+    begin = rows // 2048 * 3
+    sees = rows % 2048 == 64 * 2 ** (rows // 2048)
+    return stacked((begin, torch.where(sees, begin + 3, 0)))
+
+
 def late(batch: int, q_len: int, k_len: int) -> Interval:
     """No row sees the first 75 keys."""
     rows = torch.arange(q_len)[None]

@@ -14,6 +14,7 @@ from intervals import (
     GAPS,
     causal,
     each_mask,
+    far_apart,
     full,
     jumps,
     late,
@@ -86,6 +87,15 @@ def test_what_is_found_out_about_many_rows(mask: Any, dtype: torch.dtype) -> Non
     batch, q_len, k_len = sizes.get(mask, (12, 40, 128))
     shape = {"batch": batch, "q_len": q_len, "k_len": k_len}
     assert_matches_reference(problem(dtype, mask, heads=1, kv_heads=1, **shape))
+
+
+@pytest.mark.isa
+@each_low
+def test_the_only_rows_of_many_to_see_keys(dtype: torch.dtype) -> None:
+    """Keys look for their rows in groups of tiles: wherever in its group a row's tile is."""
+    p = problem(dtype, far_apart, batch=1, heads=1, kv_heads=1, q_len=9300, k_len=16, head_dim=16)
+    assert p.visible.any(dim=-1).sum() == 5
+    assert_matches_reference(p)
 
 
 @pytest.mark.isa

@@ -62,11 +62,15 @@ def cases(drive: Drive) -> Iterator[Case]:
 
 
 def far_rows(dtype: torch.dtype, dim: int, v_dim: int) -> Case:
-    """So many queries, of which three see keys, that they are searched for in groups of groups."""
-    q_len, places = 70_000, torch.tensor([0, 9_000, 69_998])
-    end = torch.tensor([[[3, 9, 16]]], dtype=torch.int32)
+    """So many queries, of which few see keys, that they are searched for in groups of groups.
+
+    One in a group of 32 tiles of 64 queries, each in another tile: each step of a reduction counts.
+    """
+    q_len = 70_000
+    places = [0, *(64 * (32 * (bit + 1) + 2**bit) for bit in range(5)), 69_998]
+    end = 2 * torch.arange(len(places), dtype=torch.int32)[None, None] + 4
     p = t.problem(
-        dtype, lambda *_: (end - 3, end), batch=1, heads=1, kv_heads=1, q_len=3, k_len=16,
+        dtype, lambda *_: (end - 3, end), batch=1, heads=1, kv_heads=1, q_len=len(places), k_len=16,
         head_dim=dim, v_head_dim=v_dim,
     )  # fmt: skip
     out, lse = ops.forward(p.q, p.k, p.v, p.begin, p.end, None, p.scale)
