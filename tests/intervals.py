@@ -93,10 +93,10 @@ def far_apart(batch: int, q_len: int, k_len: int) -> Interval:
     return stacked((begin, torch.where(sees, begin + 3, 0)))
 
 
-def late(batch: int, q_len: int, k_len: int) -> Interval:
-    """No row sees the first 75 keys."""
+def late(batch: int, q_len: int, k_len: int, first: int = 75) -> Interval:
+    """No row sees the first keys."""
     rows = torch.arange(q_len)[None]
-    return stacked((4 * rows + 75, 4 * rows + 520))
+    return stacked((4 * rows + first, 4 * rows + first + 445))
 
 
 def turns(batch: int, q_len: int, k_len: int) -> Interval:

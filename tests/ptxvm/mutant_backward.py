@@ -48,17 +48,22 @@ def backward_problems(drive: Drive) -> Iterator[tuple[str, Any]]:
 
 def cases(drive: Drive) -> Iterator[Case]:
     for name, (p, cuts) in backward_problems(drive):
-        out, lse = ops.forward(p.q, p.k, p.v, p.begin, p.end, p.sinks, p.scale, p.softcap)
-        delta = ops.delta(out, p.dout, p.dlse)
-        given = garbage(p) if name.startswith("garbage") else p
-        kv = t.blocks(given, cuts)
-        calls: dict[str, Sequence[Any]] = {"whole": [t.blocks(given, ())]}
-        if cuts:
-            calls |= {"cut": [kv], "one by one": [[block] for block in kv]}
-        for how, groups in calls.items():
-            run = partial(added, given, lse, delta, groups)
-            yield added_to_ones(case(f"{name}, {how}", p, run, GRADIENTS), len(groups))
+        yield from cases_of(name, p, cuts)
     yield far_rows(drive.dtype, *drive.dims)
+
+
+def cases_of(name: str, p: t.Problem, cuts: Sequence[int]) -> Iterator[Case]:
+    """Of all keys, of those of several blocks, and of one block after another."""
+    out, lse = ops.forward(p.q, p.k, p.v, p.begin, p.end, p.sinks, p.scale, p.softcap)
+    delta = ops.delta(out, p.dout, p.dlse)
+    given = garbage(p) if name.startswith("garbage") else p
+    kv = t.blocks(given, cuts)
+    calls: dict[str, Sequence[Any]] = {"whole": [t.blocks(given, ())]}
+    if cuts:
+        calls |= {"cut": [kv], "one by one": [[block] for block in kv]}
+    for how, groups in calls.items():
+        run = partial(added, given, lse, delta, groups)
+        yield added_to_ones(case(f"{name}, {how}", p, run, GRADIENTS), len(groups))
 
 
 def far_rows(dtype: torch.dtype, dim: int, v_dim: int) -> Case:

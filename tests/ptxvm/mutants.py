@@ -3,13 +3,14 @@
 
     make mutants [ARGS="--mutants 50 forward-bf16 atomic-bf16"]
 
-Each kernel is first run as compiled, by the cases of mutant_forward.py, mutant_backward.py or
-mutant_rows.py: they must be right, and what they execute is counted. Mutants are then drawn, with a
-fixed seed, from the instructions executed; those never executed are listed, for nothing is known
-about them. A mutant is killed by the first case that ends in a fault of the virtual GPU or in wrong
-values; or, if it passes them all, by having executed more than the kernel does: much of these
-kernels only saves work. Cases that do not execute its instruction are not tried, for they cannot
-tell it from the original. Fails if of a kernel fewer are killed than are to be.
+Each kernel is first run as compiled, by the cases of one of the files mutant_*.py: they must be
+right, and what they execute is counted. Mutants are then drawn, with a fixed seed, from the
+instructions executed; those never executed are listed, for nothing is known about them. A mutant is
+killed by the first case that ends in a fault of the virtual GPU or in wrong values; or, if it
+passes them all, by having executed more than the kernel does, itself or by those that read what it
+wrote: much of these kernels only saves work. Cases that do not execute its instruction are not
+tried, for they cannot tell it from the original. Fails if of a kernel fewer are killed than are to
+be.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +52,7 @@ class Target:
     rows: int = 1 << 20
     environment: dict[str, str] = field(default_factory=dict)
     least: float = TILES  # killed, in percent
+    readers: Sequence[str] = ()  # kernels whose work depends on what it writes
 
 
 def forward(element: str, dims: str, shape: str, softcap: bool = False) -> str:
@@ -81,7 +84,16 @@ TARGETS = {
         "backward_keys<BFloat16, HeadDims<64, 64>, false, 7>", "backward", environment=ATOMIC
     ),
     "row-stats": Target("row_stats", "backward", "float32", least=ROWS),
-    "key-ranges": Target("key_ranges", "backward", least=ROWS),
+    "key-ranges": Target(
+        "key_ranges",
+        "ranges",
+        least=ROWS,
+        readers=[
+            f"backward_{kernel}"
+            for dims in ("BFloat16, HeadDims<64, 64>", "Float32, HeadDims<128, 128>")
+            for kernel in (f"dq<{dims}, false>", f"keys<{dims}, false, 3>")
+        ],
+    ),
     "add-parts": Target("add_parts", "backward", least=ROWS),
     "combine": Target("combine_kernel", "rows", "float32", least=ROWS),
     "finish": Target("finish_kernel<BFloat16>", "rows", least=ROWS),
@@ -108,6 +120,7 @@ class Counted:
     case: Any
     counts: list[int]
     total: int
+    work: int  # with that of the readers
 
 
 def fate(case: Any) -> str:
@@ -130,11 +143,12 @@ def count(gpu: VirtualGpu, target: Target) -> list[Counted]:
     counted = []
     for case in importlib.import_module(f"mutant_{target.cases}").cases(drive):
         gpu.restore()
+        before = gpu.executed()
         if how := fate(case):
             raise SystemExit(f"mutants: {target.kernel}, as compiled, fails {case.name}: {how}")
         counts = [one.executed for one in gpu.instructions()]
         if any(counts):
-            counted.append(Counted(case, counts, sum(counts)))
+            counted.append(Counted(case, counts, sum(counts), gpu.executed() - before))
     return sorted(counted, key=lambda x: x.total)
 
 
@@ -147,7 +161,7 @@ def killed_by(gpu: VirtualGpu, instruction: int, cases: list[Counted]) -> str:
             before = gpu.executed()
             if how := fate(x.case):
                 return how
-            idle &= gpu.executed() - before <= x.total
+            idle &= gpu.executed() - before <= x.work
     return "" if idle else "work"
 
 
@@ -157,7 +171,7 @@ def examine(target: Target, mutants: int, seed: int, seconds: float) -> Result:
 
     torch.manual_seed(seed)
     start = time.perf_counter()
-    gpu = VirtualGpu(target.kernel)
+    gpu = VirtualGpu(target.kernel, target.readers)
     cases = count(gpu, target)
     code = gpu.instructions()
     executed = {i for i in range(len(code)) if any(x.counts[i] for x in cases)}

@@ -29,8 +29,8 @@ class Instruction:
 
 
 class VirtualGpu:
-    def __init__(self, kernel: str) -> None:
-        """kernel: its C++ name without namespaces; * stands for anything."""
+    def __init__(self, kernel: str, readers: Sequence[str] = ()) -> None:
+        """kernel and readers: C++ names without namespaces; * stands for anything."""
         from ring_attention import ops
 
         if ops.isa_name() != "ptx-sm80":
@@ -44,10 +44,13 @@ class VirtualGpu:
         names = {}
         for mangled, name in (line.split("\t") for line in lines):
             names[re.sub(r"\(anonymous namespace\)::|\b\w+::|^void |\(.*", "", name)] = mangled
-        matching = fnmatch.filter(names, kernel.replace("[", "[[]"))
-        if len(matching) != 1:
-            raise SystemExit(f"mutants: expected one kernel {kernel}, found {sorted(names)}")
-        self.kernel = names[matching[0]].encode()
+        self.counted = []
+        for pattern in (kernel, *readers):
+            matching = fnmatch.filter(names, pattern.replace("[", "[[]"))
+            if len(matching) != 1:
+                raise SystemExit(f"mutants: expected one kernel {pattern}, found {sorted(names)}")
+            self.counted.append(names[matching[0]].encode())
+        self.kernel = self.counted[0]
 
     def instructions(self) -> list[Instruction]:
         lines = self.library.ptxvm_instructions(self.kernel).decode().splitlines()
@@ -66,8 +69,8 @@ class VirtualGpu:
         self.library.ptxvm_restore(self.kernel)
 
     def executed(self) -> int:
-        """By the kernel as it is now, since it became so."""
-        return self.library.ptxvm_executed(self.kernel)
+        """By the kernel as it is now, since it became so, and by its readers."""
+        return sum(self.library.ptxvm_executed(one) for one in self.counted)
 
     def limit(self, instructions: int) -> None:
         self.library.ptxvm_limit_instructions(ctypes.c_uint64(instructions))

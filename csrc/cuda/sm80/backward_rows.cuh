@@ -32,22 +32,18 @@ __global__ void __launch_bounds__(kRowThreads)
   call.minus_delta[index] = -delta;
 }
 
-RA_DEVICE RowsRange united(RowsRange range) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    range.add({__shfl_xor_sync(kAllLanes, range.begin, lanes),
-               __shfl_xor_sync(kAllLanes, range.end, lanes),
-               __shfl_xor_sync(kAllLanes, range.full_begin, lanes),
-               __shfl_xor_sync(kAllLanes, range.full_end, lanes)});
-  }
-  return range;
+// Of all lanes' rows.
+RA_DEVICE RowsRange united(const RowsRange& range) {
+  return {__reduce_min_sync(kAllLanes, range.begin), __reduce_max_sync(kAllLanes, range.end),
+          __reduce_max_sync(kAllLanes, range.full_begin),
+          __reduce_min_sync(kAllLanes, range.full_end)};
 }
 
 // intervals[runs, batch, padded], ranges and groups: a warp per tile, a block of threads per group.
 // Rows beyond the last one see nothing, and make no tile partial.
 __global__ void __launch_bounds__(kGroupThreads)
     key_ranges(const __grid_constant__ BackwardCall call) {
-  __shared__ RowsRange of_tiles[32];
+  __shared__ KeyInterval of_tiles[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tile = static_cast<int>(blockIdx.x % call.tile_groups()) * 32 + warp;
   const int64_t rest = blockIdx.x / call.tile_groups(), sample = rest % call.batch;
@@ -62,7 +58,8 @@ __global__ void __launch_bounds__(kGroupThreads)
   const int64_t at = (run * call.batch + sample) * call.tiles() + tile;
   RowsRange range{INT_MAX, 0, 0, INT_MAX};
   if (tile < call.tiles()) {
-    for (int i = lane; i < call.stream; i += 32) {
+#pragma unroll 1
+    for (int i = lane; i < call.stream; i += 32) {  // twice at most
       const int64_t row = static_cast<int64_t>(tile) * call.stream + i;
       KeyInterval seen{INT_MAX, 0};
       if (row < call.q_len) {
@@ -77,11 +74,13 @@ __global__ void __launch_bounds__(kGroupThreads)
     range = united(range);
     if (lane == 0) call.ranges[at] = range;
   }
-  if (lane == 0) of_tiles[warp] = range;
+  if (lane == 0) of_tiles[warp] = {range.begin, range.end};
   __syncthreads();
   if (warp != 0) return;
-  range = united(of_tiles[lane]);
-  if (lane == 0) call.groups[blockIdx.x] = range;
+  // Nobody asks whether all rows of a group see a key.
+  const int begin = __reduce_min_sync(kAllLanes, of_tiles[lane].begin);
+  const int end = __reduce_max_sync(kAllLanes, of_tiles[lane].end);
+  if (lane == 0) call.groups[blockIdx.x] = {begin, end, INT_MAX, 0};
 }
 
 // to[i] += partial[0][i] + partial[1][i] + ..., see Note [parts].

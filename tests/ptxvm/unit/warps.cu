@@ -193,12 +193,13 @@ __global__ void votes(unsigned* out) {
       __any_sync(~0u, l == 31) + 2 * __all_sync(~0u, l < 32) + 4 * __all_sync(~0u, l != 3);
   out[64 + l] = __match_any_sync(~0u, l / 5);
   out[96 + l] = __reduce_add_sync(~0u, unsigned(l)) + __reduce_max_sync(~0u, unsigned(l * 1000));
+  out[160 + l] = 100 * __reduce_max_sync(~0u, l - 16) + __reduce_min_sync(~0u, l - 16);
   out[128 + l] = 0;
   if (l < 11) out[128 + l] = __activemask();
 }
 
 CASE(vote_match_redux) {
-  Buffer<unsigned> out(160);
+  Buffer<unsigned> out(192);
   votes<<<1, 32>>>(out.data());
   launched();
   for (unsigned l = 0; l < 32; ++l) {
@@ -206,6 +207,7 @@ CASE(vote_match_redux) {
     expect_equal(out.values()[32 + l], 3u, "any, all");
     expect_equal(out.values()[64 + l], (l / 5 == 6 ? 3u : 31u) << (l / 5 * 5), "match");
     expect_equal(out.values()[96 + l], 496u + 31000u, "redux");
+    expect_equal(out.values()[160 + l], 1500u - 16u, "redux of signed numbers");
     expect_equal(out.values()[128 + l], l < 11 ? 0x7ffu : 0u, "activemask");
   }
 }
