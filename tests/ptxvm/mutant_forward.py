@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,7 +96,10 @@ def state_case(name: str, p: t.Problem, state: t.State, last: bool = True) -> Ca
 
 
 def empty_case(p: t.Problem) -> Case:
-    """The states of rows that see nothing."""
+    """The states of rows that see nothing: the first of each sample, if no other."""
+    end = p.end.clone()
+    end[..., 0] = p.begin[..., 0]
+    p = replace(p, end=end)
     empty = ~p.visible.any(dim=-1)[:, None].expand(p.q.shape[:3])
     exact = [torch.zeros(int(empty.sum()), p.v.shape[3]).double()]
     exact += [torch.full(exact[0].shape[:1], x).double() for x in (-math.inf, 0.0)]

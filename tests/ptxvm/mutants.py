@@ -197,16 +197,14 @@ def examine(target: Target, mutants: int, seed: int, seconds: float) -> Result:
     return result
 
 
-def examined_apart(name: str, arguments: argparse.Namespace, seconds: float) -> Result:
-    """In a process of its own: what the environment says is read once."""
+def examined_apart(name: str, arguments: argparse.Namespace, seconds: float) -> Result | None:
+    """In a process of its own: what the environment says is read once. None: it has said why."""
     options = ["--mutants", str(arguments.mutants), "--seed", str(arguments.seed)]
     run = subprocess.run(
         [sys.executable, __file__, name, *options, "--seconds", str(seconds)],
         env={**os.environ, **TARGETS[name].environment}, stdout=subprocess.PIPE, check=False,
     )  # fmt: skip
-    if run.returncode != 0:
-        raise SystemExit(f"mutants: {name} ended with {run.returncode}")
-    return Result(**json.loads(run.stdout))
+    return None if run.returncode != 0 else Result(**json.loads(run.stdout))
 
 
 def main() -> None:
@@ -236,6 +234,9 @@ def main() -> None:
     end = time.perf_counter() + 60 * arguments.minutes
     for i, name in enumerate(names):
         r = examined_apart(name, arguments, (end - time.perf_counter()) / (len(names) - i))
+        if r is None:
+            weak.append(f"{name}: no score")
+            continue
         dead, least = sum(r.killed.values()), TARGETS[name].least
         share, score = r.executed / r.instructions, dead / max(r.mutants, 1)
         row = (r.instructions, f"{share:.1%}", r.mutants, *r.killed.values(), r.mutants - dead)

@@ -186,7 +186,7 @@ def reaches_all_lanes(distance: int, mutant: str) -> bool:
 
 
 def flags(code: Sequence[Instruction]) -> set[int]:
-    """Where a register becomes 1 for true, and is only ever compared with 0."""
+    """Where a register becomes 1 for true, and is only ever compared with 0; or a predicate -1."""
     readers = readers_of(code)
 
     def is_flag(register: str, seen: frozenset[str] = frozenset()) -> bool:
@@ -198,12 +198,18 @@ def flags(code: Sequence[Instruction]) -> set[int]:
 
     true = re.compile(r"selp\.u16 (%rs\d+), 1, 0, %p\d+|mov\.u16 (%rs\d+), 1")
     return {
-        i for i, one in enumerate(code) if true.fullmatch(one.text) and is_flag(one.registers[0])
+        i
+        for i, one in enumerate(code)
+        if (true.fullmatch(one.text) and is_flag(one.registers[0]))
+        or re.fullmatch(r"mov\.pred %p\d+, -1", one.text)
     }
 
 
 def still_true(mutant: str) -> bool:
     """Whether such a flag has another number for true, and 0 for false as before."""
     return (
-        re.fullmatch(r"(mov\.u16 %rs\d+, \d+|selp\.u16 %rs\d+, \d+, 0, %p\d+)", mutant) is not None
+        re.fullmatch(
+            r"mov\.u16 %rs\d+, \d+|selp\.u16 %rs\d+, \d+, 0, %p\d+|mov\.pred %p\d+, -\d+", mutant
+        )
+        is not None
     )
