@@ -43,7 +43,7 @@ RA_DEVICE RowsRange united(const RowsRange& range) {
 // Rows beyond the last one see nothing, and make no tile partial.
 __global__ void __launch_bounds__(kGroupThreads)
     key_ranges(const __grid_constant__ BackwardCall call) {
-  __shared__ KeyInterval of_tiles[32];
+  __shared__ int tile_begin[32], tile_end[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tile = static_cast<int>(blockIdx.x % call.tile_groups()) * 32 + warp;
   const int64_t rest = blockIdx.x / call.tile_groups(), sample = rest % call.batch;
@@ -74,12 +74,12 @@ __global__ void __launch_bounds__(kGroupThreads)
     range = united(range);
     if (lane == 0) call.ranges[at] = range;
   }
-  if (lane == 0) of_tiles[warp] = {range.begin, range.end};
+  if (lane == 0) tile_begin[warp] = range.begin, tile_end[warp] = range.end;
   __syncthreads();
   if (warp != 0) return;
   // Nobody asks whether all rows of a group see a key.
-  const int begin = __reduce_min_sync(kAllLanes, of_tiles[lane].begin);
-  const int end = __reduce_max_sync(kAllLanes, of_tiles[lane].end);
+  const int begin = __reduce_min_sync(kAllLanes, tile_begin[lane]);
+  const int end = __reduce_max_sync(kAllLanes, tile_end[lane]);
   if (lane == 0) call.groups[blockIdx.x] = {begin, end, INT_MAX, 0};
 }
 
