@@ -44,6 +44,8 @@ def backward_problems(drive: Drive) -> Iterator[tuple[str, Any]]:
             # More rows than a warp owns.
             t.problem(dtype, q_len=33, k_len=35, head_dim=narrow, v_head_dim=other, **one), ()
         )  # fmt: skip
+    shape = one | {"q_len": 200, "k_len": 200, "head_dim": dim, "v_head_dim": v_dim}
+    yield "window", (t.problem(dtype, masks.first_and_window, **shape), ())
 
 
 def cases(drive: Drive) -> Iterator[Case]:
