@@ -6,6 +6,7 @@
 #pragma once
 
 #include "backward_products.cuh"
+#include "products_fp32.cuh"
 
 namespace ring_attention::cuda::sm80 {
 
@@ -20,10 +21,6 @@ RA_DEVICE float4 load_floats(uint32_t tile, int row, int chunk) {
 template <int kDim>
 RA_DEVICE float2 load_pair(uint32_t tile, int row, int column) {
   return load_shared_8(tile + TileLayout<2 * kDim>::offset(row, column / 4) + column % 4 * 4);
-}
-
-RA_DEVICE float multiply_add(const float4& a, const float4& b, float sum) {
-  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
 template <typename Plan, int kDim>

@@ -13,12 +13,13 @@
 //   (O, m, l) += the carried state or the sink
 //   write the state, or out = O / l and lse
 //
-// Sums are taken by key tile and added to O, products over the head dim in four parts: errors do
+// Sums are taken by key tile and added to O, products over the head dim four at a time: errors do
 // not grow with the sequence. Memory: see Fp32Tile.
 #pragma once
 
 #include "config.h"
 #include "forward_launch.h"
+#include "products_fp32.cuh"
 
 namespace ring_attention::cuda::sm80 {
 
@@ -146,9 +147,7 @@ class ForwardFp32 {
     });
   }
 
-  // S = Q K^T in log2 units, of this warp's rows and this lane's key. Each a chain of sums in the
-  // order of the backward's, see multiply_add() in backward_products_fp32.cuh: of scores in the
-  // hundreds another order makes another P than the one lse is the sum of.
+  // S = Q K^T in log2 units, of this warp's rows and this lane's key.
   RA_DEVICE void multiply_keys(float (&scores)[kRows]) const {
     float sums[kRows] = {};
     const float* q = smem_.q + warp_row_ * Tile::kDim;
@@ -157,8 +156,7 @@ class ForwardFp32 {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float4 x = *reinterpret_cast<const float4*>(q + r * Tile::kDim + d);
-        sums[r] = fmaf(x.y, k.y, fmaf(x.x, k.x, sums[r]));
-        sums[r] = fmaf(x.w, k.w, fmaf(x.z, k.z, sums[r]));
+        sums[r] = multiply_add(x, k, sums[r]);
       }
     }
 #pragma unroll
