@@ -187,7 +187,7 @@ struct KeyRange {
 template <typename Visit>
 RA_INLINE void for_stretches(int64_t count, int64_t full_begin, int64_t full_end, int64_t grid,
                              const Visit& visit) {
-  int64_t begin = round_up(std::max<int64_t>(full_begin, 0), grid);
+  int64_t begin = round_up(std::clamp<int64_t>(full_begin, 0, count), grid);
   int64_t end = full_end < count ? full_end / grid * grid : count;
   if (begin >= end) begin = end = count;
   if (begin > 0) visit.template operator()<true>(0, begin);
