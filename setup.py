@@ -11,7 +11,9 @@ RING_ATTENTION_LINES=1 leaves source lines in its machine code, for profilers an
 
 For tests, RING_ATTENTION_PTXVM=1 builds another _C, whose ISA table has the CUDA kernels, their PTX
 interpreted (tests/ptxvm). nvcc compiles PTX alone then, or nothing: RING_ATTENTION_PTXVM=build/cuda
-takes the kernels that a build with RING_ATTENTION_CUDA=only left in that folder.
+takes the kernels that a build with RING_ATTENTION_CUDA=only left in that folder. And with
+RING_ATTENTION_EMULATED=1 the rows of AVX-512 and AMX run wherever AVX2 is, their instructions
+emulated (tests/emulated_isa).
 """
 
 import os
@@ -51,6 +53,9 @@ READABLE = ["--compress-mode=none"]  # PTX as the virtual GPU reads it
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
+# For `make emulated`. Register tiles of emulated instructions, unrolled, would take the compiler ten
+# times as long.
+EMULATED_FLAGS = ["-DRA_EMULATED", "-O1", "-fno-tree-loop-optimize"]
 
 
 def setting(name: str, *others: str) -> str | None:
@@ -121,12 +126,13 @@ def extension(
 
 
 SANITIZE = setting("RING_ATTENTION_SANITIZE") == "1"
+EMULATED = setting("RING_ATTENTION_EMULATED") == "1"
 LINES = setting("RING_ATTENTION_LINES") == "1"
 # For `make vm`. None: an ordinary build.
 PTXVM = os.environ.get("RING_ATTENTION_PTXVM", "0")
 PTXVM = None if PTXVM == "0" else PTXVM
 KERNELS = sources("csrc/cuda/**/*.cu")
-HEADERS = sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/ptxvm/**/*.h")
+HEADERS = sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/[ep]*/**/*.h")
 CUDA, why = cuda()
 ONLY_CUDA = os.environ.get("RING_ATTENTION_CUDA") == "only"  # for `make cuda`
 COMPILE = [*FLAGS, *(SANITIZER_FLAGS if SANITIZE else ["-O3"])]
@@ -155,7 +161,8 @@ if PTXVM:
     )
 else:
     files = sources("csrc/ops.cpp", "csrc/cpu/*.cpp")
-    modules.append(extension(CppExtension, "_C", files, cxx=[TORCH_TARGET]))
+    flags = [TORCH_TARGET, *(EMULATED_FLAGS if EMULATED else [])]
+    modules.append(extension(CppExtension, "_C", files, cxx=flags))
 if CUDA:
     modules.append(
         extension(

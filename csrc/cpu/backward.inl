@@ -158,9 +158,12 @@ class Backward {
   template <bool kCapped>
   void softmax(int64_t u, Operand<Unit> k, Operand<Unit> v, int64_t from, KeyRange<Arch> range) {
     for (int64_t j = range.begin; j < range.end; j += shape_.stripe) {
-      const int64_t keys = std::min(shape_.stripe, range.end - j);
-      probabilities<kCapped>(u, k, from, j, keys);
-      score_gradients<kCapped>(u, v, from, j, keys);
+      const Panel panel = panel_of<kCapped>(u, from, j);
+      for_stretches(std::min(shape_.stripe, range.end - j), panel.full_begin, panel.full_end,
+                    range.grid, [&]<bool kMasked>(int64_t begin, int64_t end) {
+                      probabilities<kCapped, kMasked>(u, k, panel, begin, end);
+                      score_gradients<kMasked>(u, v, panel, begin, end);
+                    });
     }
   }
 
@@ -182,8 +185,6 @@ class Backward {
     int64_t lanes_row;
     int64_t first_key, full_begin, full_end;
     State scale, slope;
-
-    bool covers(int64_t i, int64_t count) const { return full_begin <= i && i + count <= full_end; }
   };
 
   template <bool kCapped>
@@ -213,20 +214,15 @@ class Backward {
     return view;
   }
 
-  // P^T = exp2(S^T - lse), S^T = K Q^T, for the keys [stripe, stripe + keys).
-  template <bool kCapped>
-  __attribute__((noinline)) void probabilities(int64_t u, Operand<Unit> k, int64_t from,
-                                               int64_t stripe, int64_t keys) {
-    const Panel panel = panel_of<kCapped>(u, from, stripe);
-    for_tiles<Arch, 2>(keys, tile_.lanes(u), units_, k.at(stripe, 0),
+  // P^T = exp2(S^T - lse), S^T = K Q^T, for the keys [begin, end) of a stripe.
+  template <bool kCapped, bool kMasked>
+  __attribute__((noinline)) void probabilities(int64_t u, Operand<Unit> k, Panel panel,
+                                               int64_t begin, int64_t end) {
+    for_tiles<Arch, 2>(end - begin, tile_.lanes(u), units_, k.at(panel.first_key + begin, 0),
                        {q_lanes_ + u * tile_.panel * units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
-                             if (panel.covers(i, kRows)) {
-                               probability_tile<kCapped, false>(scores, panel, i, lane);
-                             } else {
-                               probability_tile<kCapped, true>(scores, panel, i, lane);
-                             }
+                             probability_tile<kCapped, kMasked>(scores, panel, begin + i, lane);
                            });
   }
 
@@ -251,43 +247,43 @@ class Backward {
       V low = V::zero(), high = V::zero();
       if constexpr (kMasked) low = V::load(panel.low + at), high = V::load(panel.high + at);
 #pragma GCC unroll 32
-      for (int r = 0; r < kRows; r += kPair) {
-        V prob[kPair];
+      for (int r = 0; r < kRows; r += 2) {
+        V prob[2], score[2];
 #pragma GCC unroll 2
-        for (int s = 0; s < kPair; ++s) {
-          V score = scores[r + s][v];
-          if constexpr (kCapped) score = tanh(score * slope);
-          V exponent = score * scale - lse;
-          if constexpr (kExactLse) exponent = exponent - lse_low;
-          // P <= 1, however far the rounding of a huge score carries it.
-          prob[s] = exp2<Arch::kExpTerms>(min(V::zero(), exponent));
+        for (int s = 0; s < 2; ++s) {
+          score[s] = kCapped ? tanh(scores[r + s][v] * slope) : scores[r + s][v];
+          prob[s] = score[s] * scale - lse;
+          if constexpr (kExactLse) prob[s] = prob[s] - lse_low;
+        }
+        // P <= 1, however far the rounding of a huge score carries it.
+        exp2_both<Arch::kExpTerms, true>(prob);
+#pragma GCC unroll 2
+        for (int s = 0; s < 2; ++s) {
           if constexpr (kMasked) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }
           if constexpr (kOwnWeights) {
-            const V weight = kCapped ? prob[s] * (one - score * score) : prob[s];
+            const V weight = kCapped ? prob[s] * (one - score[s] * score[s]) : prob[s];
             weight.store(weights[r + s] + v * kLanes);
           }
         }
-        Arch::store_rows(prob, p_rows[r / kPair] + v * kLanes / kPair, panel.row);
+#pragma GCC unroll 2
+        for (int s = 0; s < 2; s += kPair) {
+          Arch::store_rows(prob + s, p_rows[(r + s) / kPair] + v * kLanes / kPair, panel.row);
+        }
       }
     }
   }
 
-  // dS^T = weight (dP^T - delta), dP^T = V dO^T.
-  template <bool kCapped>
-  __attribute__((noinline)) void score_gradients(int64_t u, Operand<Unit> v, int64_t from,
-                                                 int64_t stripe, int64_t keys) {
-    const Panel panel = panel_of<kCapped>(u, from, stripe);
-    for_tiles<Arch, 2>(keys, tile_.lanes(u), v_units_, v.at(stripe, 0),
+  // dS^T = weight (dP^T - delta), dP^T = V dO^T, for the keys [begin, end) of a stripe.
+  template <bool kMasked>
+  __attribute__((noinline)) void score_gradients(int64_t u, Operand<Unit> v, Panel panel,
+                                                 int64_t begin, int64_t end) {
+    for_tiles<Arch, 2>(end - begin, tile_.lanes(u), v_units_, v.at(panel.first_key + begin, 0),
                        {dout_lanes_ + u * tile_.panel * v_units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&dprobs)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
-                             if (panel.covers(i, kRows)) {
-                               score_gradient_tile<false>(dprobs, panel, i, lane);
-                             } else {
-                               score_gradient_tile<true>(dprobs, panel, i, lane);
-                             }
+                             score_gradient_tile<kMasked>(dprobs, panel, begin + i, lane);
                            });
   }
 

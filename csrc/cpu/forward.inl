@@ -182,8 +182,6 @@ class Forward {
     int64_t first_key, full_begin, full_end;
     State scale, slope, height;
 
-    // Whether every lane sees all of the keys [i, i + count) of the range.
-    bool covers(int64_t i, int64_t count) const { return full_begin <= i && i + count <= full_end; }
     bool has_reference(int64_t lane, int64_t count) const {
       bool found = true;
       for (int64_t i = lane; i < lane + count; i += kLanes) {
@@ -210,23 +208,34 @@ class Forward {
             .height = cap * kLog2e};
   }
 
+  // Careful until every lane has a reference: the first tile sees to it, if all see one of its
+  // keys.
   template <bool kCapped>
-  __attribute__((noinline)) void probabilities(int64_t u, Operand<Unit> k, int64_t from,
-                                               KeyRange<Arch> range) {
+  void probabilities(int64_t u, Operand<Unit> k, int64_t from, KeyRange<Arch> range) {
     const Panel panel = panel_of(u, from, range);
     const int64_t width = tile_.lanes(u);
-    const bool referenced = panel.has_reference(0, width);
-    for_tiles<Arch, 2>(range.count(), width, units_, k.at(range.begin, 0),
+    const int64_t first = panel.has_reference(0, width) ? 0 : 1;
+    for_stretches(range.count(), std::max(panel.full_begin, first), panel.full_end, range.grid,
+                  [&]<bool kMasked>(int64_t begin, int64_t end) {
+                    const Operand<Unit> keys = k.at(range.begin + begin, 0);
+                    if (kMasked || !panel.has_reference(0, width)) {
+                      fold_scores<kCapped, true>(u, keys, panel, begin, end);
+                    } else {
+                      fold_scores<kCapped, false>(u, keys, panel, begin, end);
+                    }
+                  });
+  }
+
+  // The keys [begin, end) of a range.
+  template <bool kCapped, bool kCareful>
+  __attribute__((noinline)) void fold_scores(int64_t u, Operand<Unit> keys, Panel panel,
+                                             int64_t begin, int64_t end) {
+    for_tiles<Arch, 2>(end - begin, tile_.lanes(u), units_, keys,
                        {q_ + u * tile_.panel * units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
                              to_log2_units<kCapped>(scores, panel);
-                             if (panel.covers(i, kRows) &&
-                                 (referenced || panel.has_reference(lane, kVecs * kLanes))) {
-                               softmax_tile<false>(scores, panel, i, lane);
-                             } else {
-                               softmax_tile<true>(scores, panel, i, lane);
-                             }
+                             softmax_tile<kCareful>(scores, panel, begin + i, lane);
                            });
   }
 
@@ -255,17 +264,20 @@ class Forward {
       }
       V sum = V::load(panel.sums + at);
 #pragma GCC unroll 32
-      for (int r = 0; r < kRows; r += kPair) {
-        V prob[kPair];
+      for (int r = 0; r < kRows; r += 2) {
+        V prob[2] = {scores[r][v] - m, scores[r + 1][v] - m};
+        exp2_both<Arch::kExpTerms, false>(prob);
 #pragma GCC unroll 2
-        for (int s = 0; s < kPair; ++s) {
-          prob[s] = exp2<Arch::kExpTerms>(scores[r + s][v] - m);
+        for (int s = 0; s < 2; ++s) {
           if constexpr (kCareful) {
             prob[s] = keep_visible(key + r + s, low, high, prob[s], V::zero());
           }
           sum = sum + prob[s];
         }
-        Arch::store_lanes(prob, probs[r / kPair] + v * kLanes);
+#pragma GCC unroll 2
+        for (int s = 0; s < 2; s += kPair) {
+          Arch::store_lanes(prob + s, probs[(r + s) / kPair] + v * kLanes);
+        }
       }
       sum.store(panel.sums + at);
     }

@@ -6,7 +6,6 @@
 
 #ifdef RA_X86
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,6 +13,7 @@
 #include <chrono>
 
 #include "elements.h"
+#include "instructions.h"
 #include "key_parts.h"
 #include "pair_schedule.h"
 #include "problem.h"
@@ -21,7 +21,7 @@
 #pragma GCC push_options
 // g++ 12 takes the undefined operands inside its own intrinsics for mistakes.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+RA_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
 #include "backward.inl"
 #include "forward.inl"
 #include "peak.inl"

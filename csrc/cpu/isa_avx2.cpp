@@ -33,7 +33,7 @@ struct Avx2Arch : MultiplyAdd<Elem, Vec256> {
     return {.panel = 16, .key_block = 96, .panels = 16};
   }
   static constexpr TileShape backward_shape(int64_t) {
-    return {.panel = 16, .key_block = 96, .panels = 16, .pass = 8, .stripe = 96};
+    return {.panel = 16, .key_block = 96, .panels = 16, .pass = 4, .stripe = 96};
   }
 };
 

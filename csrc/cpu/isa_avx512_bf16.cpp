@@ -4,12 +4,11 @@
 #include "isa.h"
 
 #ifdef RA_X86
-#include <immintrin.h>
-
 #include <algorithm>
 #include <chrono>
 
 #include "elements.h"
+#include "instructions.h"
 #include "key_parts.h"
 #include "pair_schedule.h"
 #include "problem.h"
@@ -17,7 +16,7 @@
 #pragma GCC push_options
 // g++ 12 takes the undefined operands inside its own intrinsics for mistakes.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+RA_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "backward.inl"
 #include "forward.inl"
 #include "peak.inl"

@@ -21,7 +21,7 @@ namespace {
 //   forward_shape(dim), backward_shape(dim), kMaxKeyBlock, kMaxPanel   see TileShape
 //   kExpTerms, kTransposeColumns, Session (held while a task runs)
 //   load_lanes, broadcast, multiply_add   the three steps of a product
-//   transpose, interleave, store_lanes, store_rows   operands, and results as operands
+//   transpose, interleave, store_lanes, store_rows   operands, and results (of kPair rows) as these
 //   kOwnProduct: with it, own_tiles instead of the register tiles
 // This is the part that all fused multiply-add rows share: units are widened elements.
 template <typename Element, typename Vector>
@@ -46,8 +46,8 @@ struct MultiplyAdd {
   static RA_INLINE void transpose(const Unit* from, int64_t from_row, Unit* to, int64_t to_row) {
     transpose_block(from, from_row, to, to_row, V{});
   }
-  static RA_INLINE void store_lanes(const V (&x)[1], Unit* to) { x[0].store(to); }
-  static RA_INLINE void store_rows(const V (&x)[1], Unit* to, int64_t) { x[0].store(to); }
+  static RA_INLINE void store_lanes(const V* x, Unit* to) { x->store(to); }
+  static RA_INLINE void store_rows(const V* x, Unit* to, int64_t) { x->store(to); }
 };
 
 // A: element (i, k) at data[i * row + k * unit].

@@ -24,6 +24,13 @@ RA_INLINE V exp2_minus_one(V r) {
   }
 }
 
+// x = 2^x, or 2^min(x, 0), for two vectors.
+template <int kTerms, bool kAtMostOne, typename V>
+RA_INLINE void exp2_both(V (&x)[2]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) x[i] = exp2<kTerms>(kAtMostOne ? min(V::zero(), x[i]) : x[i]);
+}
+
 // tanh(x) = e / (e + 2), e = exp(2 x) - 1, which keeps its relative accuracy near 0.
 // A template so that nearest() and scale_by_power() are those of the file that includes this one.
 template <typename V>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "elements.h"
+#include "instructions.h"
 #include "polynomial.inl"
 
 namespace ring_attention::cpu {
@@ -68,7 +69,7 @@ RA_INLINE __mmask16 within(Vec512 x, Vec512 low, Vec512 high) {
 RA_INLINE Vec512 select(__mmask16 mask, Vec512 a, Vec512 b) {
   return {_mm512_mask_blend_ps(mask, b.raw, a.raw)};
 }
-RA_INLINE void pin(Vec512& x) { asm("" : "+v"(x.raw)); }
+RA_INLINE void pin(Vec512& x) { asm("" : RA_IN_ZMM(x.raw)); }
 
 RA_INLINE Vec512 nearest(Vec512 x) { return {_mm512_roundscale_ps(x.raw, 0)}; }
 RA_INLINE Vec512 scale_by_power(Vec512 x, Vec512 n) { return {_mm512_scalef_ps(x.raw, n.raw)}; }

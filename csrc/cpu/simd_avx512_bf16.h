@@ -36,12 +36,12 @@ struct BFloat16Pairs {
   }
 
   // Two rows of keys, rounded: the first in the lower half.
-  static RA_INLINE __m512i round_pair(const V (&x)[2]) {
+  static RA_INLINE __m512i round_pair(const V* x) {
     return (__m512i)_mm512_cvtne2ps_pbh(x[1].raw, x[0].raw);
   }
 
   // As units that pair the two keys.
-  static RA_INLINE void store_lanes(const V (&x)[2], Unit* to) {
+  static RA_INLINE void store_lanes(const V* x, Unit* to) {
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -49,7 +49,7 @@ struct BFloat16Pairs {
   }
 
   // As two rows of units that pair neighbouring lanes.
-  static RA_INLINE void store_rows(const V (&x)[2], Unit* to, int64_t row) {
+  static RA_INLINE void store_rows(const V* x, Unit* to, int64_t row) {
     const __m512i both = round_pair(x);
     _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(both));
     _mm256_storeu_si256((__m256i*)(to + row), _mm512_extracti64x4_epi64(both, 1));

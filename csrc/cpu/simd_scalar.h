@@ -9,7 +9,8 @@
 //   min(a, b)  max(a, b): b where either is NaN
 //   less(a, b)  within(x, low, high): a Mask;  select(mask, a, b)  Vec::any(mask)
 //   pin(x): keeps x in a register
-//   exp2<kTerms>(x): exactly 0 below -126; kTerms as in exp2_minus_one
+//   exp2<kTerms>(x): 0 below -127, good to 2^-126 up to -126; kTerms as in exp2_minus_one
+//   exp2_both<kTerms, kAtMostOne>(x): of two vectors; of polynomial.inl, unless there is better
 //   tanh(x)
 //   sums_of_lanes(x): from kLanes vectors, the sum of each one's lanes
 //   transpose_block(from, from_row, to, to_row): a kLanes x kLanes block of Scalar-sized units

@@ -164,12 +164,13 @@ RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
 template <typename Arch>
 struct KeyRange {
   int64_t begin, end;
+  int64_t grid;                // the rows of a register tile
   int64_t sum_begin, sum_end;  // the part of it that products sum over
 
   // lanes: of the panel, as they decide the rows of its register tiles.
   KeyRange(const Extent& extent, int64_t from, int64_t padded, int64_t lanes) {
     const int64_t vecs = std::min<int64_t>(lanes / Arch::V::kLanes, Arch::kMaxVecs);
-    const int64_t grid = Arch::tile_rows(static_cast<int>(vecs));
+    grid = Arch::tile_rows(static_cast<int>(vecs));
     begin = std::max<int64_t>(extent.begin - from, 0) / grid * grid;
     end = std::min(round_up(extent.end - from, grid), padded);
     constexpr int64_t kStep = Arch::kOwnProduct ? Arch::kKeyStep : Arch::kPair;
@@ -180,6 +181,19 @@ struct KeyRange {
   int64_t count() const { return end - begin; }
   int64_t sum_count() const { return sum_end - sum_begin; }
 };
+
+// Calls visit<kMasked>(begin, end) for all of [0, count), in order: without masks for the register
+// tiles within [full_begin, full_end), where every lane sees every key.
+template <typename Visit>
+RA_INLINE void for_stretches(int64_t count, int64_t full_begin, int64_t full_end, int64_t grid,
+                             const Visit& visit) {
+  int64_t begin = round_up(std::clamp<int64_t>(full_begin, 0, count), grid);
+  int64_t end = full_end < count ? full_end / grid * grid : count;
+  if (begin >= end) begin = end = count;
+  if (begin > 0) visit.template operator()<true>(0, begin);
+  if (begin < end) visit.template operator()<false>(begin, end);
+  if (end < count) visit.template operator()<true>(end, count);
+}
 
 }  // namespace
 }  // namespace ring_attention::cpu
