@@ -53,7 +53,7 @@ READABLE = ["--compress-mode=none"]  # PTX as the virtual GPU reads it
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
-# For `make emulated`. Register tiles of emulated instructions, unrolled, would take the compiler ten
+# For `make emulated`. Unrolled register tiles of emulated instructions would take the compiler five
 # times as long.
 EMULATED_FLAGS = ["-DRA_EMULATED", "-O1", "-fno-tree-loop-optimize"]
 

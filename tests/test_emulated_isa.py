@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The emulated instructions of AVX-512 and AMX themselves, see tests/emulated_isa (make emulated)."""
+"""The emulation of AVX-512 and AMX itself, see tests/emulated_isa (make emulated)."""
 
 import os
 import re
