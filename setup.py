@@ -17,6 +17,7 @@ emulated (tests/emulated_isa).
 """
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,11 @@ if EMULATED and PTXVM is not None:
     raise SystemExit(
         f"ring_attention: expected RING_ATTENTION_EMULATED unset or 0 with RING_ATTENTION_PTXVM="
         f"{PTXVM}, got '1'; a build is for one of these tests"
+    )
+if EMULATED and platform.machine() != "x86_64":
+    raise SystemExit(
+        f"ring_attention: expected x86_64 with RING_ATTENTION_EMULATED=1, got "
+        f"{platform.machine()}; the emulation is made of AVX2, unset it"
     )
 KERNELS = sources("csrc/cuda/**/*.cu")
 HEADERS = sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/[ep]*/**/*.h")
