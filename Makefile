@@ -6,6 +6,7 @@
 #   make bench   the benchmarks, in a few minutes
 #   make clean   remove what the others made
 #   make sanitize   the tests of the operators under AddressSanitizer and UBSan, in a build of its own
+#   make emulated   the same tests of the AVX-512 and AMX kernels where only AVX2 is, their instructions emulated
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
 #   make vm-full the same for every parameter and five seeds; half an hour with -j2
@@ -42,6 +43,12 @@ SANITIZED_TESTS = $(BIN)/python -m pytest --capture=sys -p no:cacheprovider test
 # test_isa: captures what its processes write, and waits 280 s for them; a loop does its work.
 UNSANITIZED = --deselect 'tests/test_ops_isa.py::test_isa'
 
+# A build whose rows of AVX-512 and AMX run on AVX2, see tests/emulated_isa. float64 is the portable
+# row's everywhere, and all but bfloat16 is the AVX-512 row's in the other two: once is enough.
+EMULATED = build/emulated
+ON_EMULATED = PYTHONPATH=$(EMULATED)/lib PYTHONSAFEPATH=1
+EMULATED_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py -m isa
+
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
 # A build whose ISA table has the row ptx-sm80, see tests/ptxvm. Its kernels: 1 compiles PTX alone,
@@ -58,7 +65,7 @@ SEEDS ?= 1 2 3 4 5
 FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
 TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
-.PHONY: demo test check sanitize cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
+.PHONY: demo test check sanitize emulated cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -82,6 +89,19 @@ sanitize: $(VENV)/built
 	$(SANITIZERS_ON) $(SANITIZED_TESTS) -m "not isa" $(UNSANITIZED) $(ARGS)
 	for isa in $$(cat $(SANITIZED)/isas); do echo "RING_ATTENTION_CPU=$$isa"; \
 	    $(SANITIZERS_ON) RING_ATTENTION_CPU=$$isa $(SANITIZED_TESTS) -m isa $(ARGS) || exit 1; done
+
+ifeq ($(shell grep -w -m 1 avx2 /proc/cpuinfo 2> /dev/null),)
+emulated:
+	@echo "make $@: skipped, this machine's processor has no AVX2"
+else
+emulated: $(VENV)/built
+	RING_ATTENTION_CUDA=0 RING_ATTENTION_EMULATED=1 $(BIN)/python setup.py --quiet build \
+	    --build-base $(EMULATED) --build-lib $(EMULATED)/lib
+	$(ON_EMULATED) $(BIN)/python -m pytest -p no:cacheprovider tests/test_emulated_isa.py
+	$(ON_EMULATED) RING_ATTENTION_CPU=avx512 $(EMULATED_TESTS) -k "not float64" $(ARGS)
+	$(ON_EMULATED) RING_ATTENTION_CPU=avx512_bf16 $(EMULATED_TESTS) -k "bfloat16 or not float" $(ARGS)
+	$(ON_EMULATED) RING_ATTENTION_CPU=amx $(EMULATED_TESTS) -k "bfloat16 or not float" $(ARGS)
+endif
 
 ifeq ($(NVCC),)
 cuda vm vm-full mutants calibrate:

@@ -17,6 +17,7 @@ emulated (tests/emulated_isa).
 """
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ READABLE = ["--compress-mode=none"]  # PTX as the virtual GPU reads it
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZER_FLAGS = [*SANITIZERS, "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", "-g1"]
-# For `make emulated`. Register tiles of emulated instructions, unrolled, would take the compiler ten
+# For `make emulated`. Unrolled register tiles of emulated instructions would take the compiler five
 # times as long.
 EMULATED_FLAGS = ["-DRA_EMULATED", "-O1", "-fno-tree-loop-optimize"]
 
@@ -126,16 +127,27 @@ def extension(
 
 
 SANITIZE = setting("RING_ATTENTION_SANITIZE") == "1"
-EMULATED = setting("RING_ATTENTION_EMULATED") == "1"
 LINES = setting("RING_ATTENTION_LINES") == "1"
 # For `make vm`. None: an ordinary build.
 PTXVM = os.environ.get("RING_ATTENTION_PTXVM", "0")
 PTXVM = None if PTXVM == "0" else PTXVM
+EMULATED = setting("RING_ATTENTION_EMULATED") == "1"
+if EMULATED and PTXVM is not None:
+    raise SystemExit(
+        f"ring_attention: expected RING_ATTENTION_EMULATED unset or 0 with RING_ATTENTION_PTXVM="
+        f"{PTXVM}, got '1'; a build is for one of these tests"
+    )
+if EMULATED and platform.machine() != "x86_64":
+    raise SystemExit(
+        f"ring_attention: expected x86_64 with RING_ATTENTION_EMULATED=1, got "
+        f"{platform.machine()}; the emulation is made of AVX2, unset it"
+    )
 KERNELS = sources("csrc/cuda/**/*.cu")
 HEADERS = sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh", "tests/[ep]*/**/*.h")
 CUDA, why = cuda()
 ONLY_CUDA = os.environ.get("RING_ATTENTION_CUDA") == "only"  # for `make cuda`
 COMPILE = [*FLAGS, *(SANITIZER_FLAGS if SANITIZE else ["-O3"])]
+COMPILE += EMULATED_FLAGS if EMULATED else []
 modules: list[Any] = [
     extension(
         Extension,
@@ -161,8 +173,9 @@ if PTXVM:
     )
 else:
     files = sources("csrc/ops.cpp", "csrc/cpu/*.cpp")
-    flags = [TORCH_TARGET, *(EMULATED_FLAGS if EMULATED else [])]
-    modules.append(extension(CppExtension, "_C", files, cxx=flags))
+    if EMULATED:
+        files[files.index("csrc/cpu/isa_avx2.cpp")] = "tests/emulated_isa/avx2.cpp"
+    modules.append(extension(CppExtension, "_C", files, cxx=[TORCH_TARGET]))
 if CUDA:
     modules.append(
         extension(
@@ -178,5 +191,7 @@ if CUDA:
 if ONLY_CUDA:
     modules = modules[-1:]
 names = ", ".join(module.name.split(".")[1] for module in modules)
-print(f"ring_attention: building {names} ({why}){', with sanitizers' if SANITIZE else ''}")
+with_what = ", AVX-512 and AMX emulated" if EMULATED else ""
+with_what += ", with sanitizers" if SANITIZE else ""
+print(f"ring_attention: building {names} ({why}){with_what}")
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

@@ -23,19 +23,17 @@ constexpr Isa kIsas[] = {
     {"ptx-sm80", ptx_sm80::supported, ptx_sm80::recommended, ptx_sm80::forward, ptx_sm80::backward,
      ptx_sm80::peak_flops, 16, ptx_sm80::combine, ptx_sm80::finish, ptx_sm80::delta,
      ptx_sm80::sink_gradient},
-#elif defined(RA_X86)
-#ifdef RA_EMULATED
-    // Where AVX2 is: their instructions are emulated, see instructions.h.
+#elif defined(RA_EMULATED)
+    // Where AVX2 is: it does what these rows' instructions would, see instructions.h.
     {"amx", avx2::supported, never, amx::forward, amx::backward, amx::peak_flops},
     {"avx512_bf16", avx2::supported, never, avx512_bf16::forward, avx512_bf16::backward,
      avx512_bf16::peak_flops},
     {"avx512", avx2::supported, never, avx512::forward, avx512::backward, avx512::peak_flops},
-#else
+#elif defined(RA_X86)
     {"amx", amx::supported, always, amx::forward, amx::backward, amx::peak_flops},
     {"avx512_bf16", avx512_bf16::supported, avx512_bf16::recommended, avx512_bf16::forward,
      avx512_bf16::backward, avx512_bf16::peak_flops},
     {"avx512", avx512::supported, always, avx512::forward, avx512::backward, avx512::peak_flops},
-#endif
     {"avx2", avx2::supported, always, avx2::forward, avx2::backward, avx2::peak_flops},
 #endif
     {"scalar", scalar::supported, always, scalar::forward, scalar::backward, scalar::peak_flops},

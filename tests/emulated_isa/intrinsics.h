@@ -53,8 +53,7 @@ struct __m512 {
 // A vector's lanes, for what is done one by one.
 template <typename T>
 struct LaneArray {
-  static constexpr int kCount = 64 / sizeof(T);
-  T lane[kCount];
+  T lane[64 / sizeof(T)];
 };
 template <typename T, typename Vector>
 RA_INLINE LaneArray<T> lanes_of(Vector x) {
@@ -326,7 +325,7 @@ RA_CALLED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
       "vfmadd231ps %[a0], %[b0], %[low]\n\t"
       "vfmadd231ps %[a2], %[b2], %[high]\n\t"
       "ldmxcsr %[usual]"
-      : [low] "+x"(sum.low), [high] "+x"(sum.high)
+      : [low] "+&x"(sum.low), [high] "+&x"(sum.high)
       : [flush] "m"(flush), [usual] "m"(usual), [a0] "x"(even_bf16(a.low)),
         [a1] "x"(odd_bf16(a.low)), [a2] "x"(even_bf16(a.high)), [a3] "x"(odd_bf16(a.high)),
         [b0] "x"(even_bf16(b.low)), [b1] "x"(odd_bf16(b.low)), [b2] "x"(even_bf16(b.high)),
