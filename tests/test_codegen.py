@@ -28,7 +28,7 @@ ARCHS = {
 }
 KERNELS = [
     "multiply_into<{}>",
-    "Forward<{}>::probabilities",
+    "Forward<{}>::fold_scores",
     "Backward<{}>::probabilities",
     "Backward<{}>::score_gradients",
 ]
