@@ -94,8 +94,8 @@ RA_INLINE TwoVec256 bounded(TwoVec256 x, TwoVec256 low, TwoVec256 high) {
   return {bounded(x.a, low.a, high.a), bounded(x.b, low.b, high.b)};
 }
 RA_INLINE TwoVec256 nearest(TwoVec256 x) { return {nearest(x.a), nearest(x.b)}; }
-// x 2^n by an addition to its exponent, which must not leave the normal numbers: but n = -127 makes
-// 0 of 1.
+// x 2^n by an addition to its exponent. Below the normal numbers it is good to 2^-126, and n = -127
+// makes exactly 0 of 1.
 RA_INLINE Vec256 add_to_exponent(Vec256 x, Vec256 n) {
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.raw), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.raw), power))};
