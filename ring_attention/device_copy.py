@@ -8,6 +8,10 @@ begins with torch.cuda.synchronize(). A graph reads it at every replay: what one
 dropped while the plan lives, so keep the plan as long as the graph.
 """
 
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor
 
@@ -62,3 +66,28 @@ class DeviceCopy:
         # The allocator hands memory on in the order of the stream it was allocated on alone.
         self._tensor.record_stream(current)
         return self._tensor
+
+
+class DeviceCopies:
+    """Some copies by key and device, least recently used first out; what a CUDA graph reads stays.
+
+    Args:
+        most: copies that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[tuple[Hashable, torch.device], DeviceCopy] = OrderedDict()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """The copy of what `make` makes on the host, to be read on the current stream."""
+        with self.lock:
+            place = key, device
+            if place not in self.kept:
+                self.kept[place] = DeviceCopy(make(), device)
+                for old in list(self.kept)[: -self.most]:
+                    if not self.kept[old].captured:
+                        del self.kept[old]
+            self.kept.move_to_end(place)
+            return self.kept[place].get()

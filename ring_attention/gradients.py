@@ -61,8 +61,10 @@ def sum_gradients(parameters: nn.Module | Iterable[Tensor], group: Any) -> None:
         return
     # A rank whose shard does not touch a parameter takes part with zeros; where no rank has a
     # gradient it stays None, so that an optimizer skips the parameter as it would unsharded.
-    touched = torch.tensor([p.grad is not None for p in shared], dtype=torch.float32)
-    touched = all_reduce_(touched.to(shared[0].device), group)
+    touched = torch.tensor(
+        [p.grad is not None for p in shared], dtype=torch.float32, device=shared[0].device
+    )
+    touched = all_reduce_(touched, group)
     used = [p for p, count in zip(shared, touched.tolist(), strict=True) if count]
     for bucket in _buckets(used):
         wide = state_dtype(bucket[0].dtype)

@@ -34,7 +34,7 @@ def key_intervals(reads: _planner.Reads, reader: int, origin: int, held: _planne
         begins and ends, int32 [2, n, B or 1, q_len], or [..., 1] if all rows are alike.
     """
     view = reads.key_intervals(reader, origin, held)
-    both = torch.empty(2, view.most, reads.samples, view.rows, dtype=torch.int32)
+    both = torch.empty(2, view.most, reads.samples, view.rows, dtype=torch.int32, device="cpu")
     used = view.fill(both[0].data_ptr(), both[1].data_ptr())
     return both[:, :used].clone() if used < view.most else both
 

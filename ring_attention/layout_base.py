@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _planner
+from .device_copy import DeviceCopies
 from .mask_algebra import at_least, refuse
 
 Run = tuple[int, int, int, int]  # (start, block, stride, count)
@@ -66,11 +67,17 @@ class Layout:
             >>> Zigzag(8, 2).positions(0).tolist()
             [0, 1, 6, 7]
         """
-        parts = [torch.zeros(0, dtype=torch.int64)]
+        parts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
         for start, block, stride, count in self.runs(self.rank_of(rank)):
-            first = torch.arange(count)[:, None] * stride + start
-            parts.append((first + torch.arange(block)).flatten())
+            first = torch.arange(count, device="cpu")[:, None] * stride + start
+            parts.append((first + torch.arange(block, device="cpu")).flatten())
         return torch.cat(parts)
+
+    def positions_on(self, rank: int, device: torch.device) -> Tensor:
+        """``positions`` on a device. A copy to a GPU is made once: layers ask in every call."""
+        if device.type == "cpu":
+            return self.positions(rank)
+        return _positions.get((self, rank), device, lambda: self.positions(rank))
 
     def shard(self, x: Any, rank: Any, dim: int = 1) -> Any:
         """This rank's rows of whole tensors.
@@ -151,7 +158,10 @@ class Layout:
         runs = [run for run in self.runs(rank) if run[1] * run[3] > 0]
         if runs and all(count == 1 for *_, count in runs):  # chunks: slices copy faster than rows
             return torch.cat([x.narrow(dim, start, block) for start, block, *_ in runs], dim)
-        return x.index_select(dim, self.positions(rank).to(x.device))
+        return x.index_select(dim, self.positions_on(rank, x.device))
+
+
+_positions = DeviceCopies(most=16)
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +181,7 @@ class _Unshard(torch.autograd.Function):  # torch is untyped here
         shape[dim] = layout.length
         out = x.new_empty(shape)
         for r, part in enumerate(parts):
-            out.index_copy_(dim, layout.positions(r).to(x.device), part)
+            out.index_copy_(dim, layout.positions_on(r, x.device), part)
         return out
 
     @staticmethod

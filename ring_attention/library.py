@@ -53,7 +53,7 @@ def peak_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
     Uses the instruction that the CPU kernels multiply `dtype` with, on torch.get_num_threads()
     threads: the rate that benchmarks measure the kernels against.
     """
-    flops: float = OPS.cpu_peak_flops(torch.empty(0, dtype=dtype), seconds)
+    flops: float = OPS.cpu_peak_flops(torch.empty(0, dtype=dtype, device="cpu"), seconds)
     return flops
 
 

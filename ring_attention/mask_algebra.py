@@ -130,14 +130,15 @@ class Mask:
         """
         tables = self.segments(q_len, k_len)
         most = max(1, *(table.intervals()[0] for table in tables))
-        lo, hi = torch.zeros(2, most, len(tables), q_len, dtype=torch.int64)
+        lo, hi = torch.zeros(2, most, len(tables), q_len, dtype=torch.int64, device="cpu")
         for b, table in enumerate(tables):
             table.fill(lo[:, b].data_ptr(), hi[:, b].data_ptr(), lo.stride(0))
         return lo, hi
 
     def dense(self, q_len: int, k_len: int) -> Tensor:
         """The mask as a boolean [B or 1, q_len, k_len], straight from its definition: for tests."""
-        q, k = torch.arange(q_len)[:, None], torch.arange(k_len)[None]
+        q = torch.arange(q_len, device="cpu")[:, None]
+        k = torch.arange(k_len, device="cpu")[None]
         rows = []
         for i in range(self.batch):
             sample = self._sample(i, q_len, k_len)

@@ -166,9 +166,9 @@ class Documents(Mask):
 
     def _sees(self, q: Tensor, k: Tensor, sample: Sample) -> Tensor:
         q_bounds, k_bounds, padding = self._parts(sample)
-        q_document = torch.bucketize(q, torch.tensor(q_bounds), right=True) - 1
-        k_document = torch.bucketize(k, torch.tensor(k_bounds), right=True) - 1
-        hidden = torch.isin(q_document, torch.tensor(padding, dtype=torch.int64))
+        q_document = torch.bucketize(q, torch.tensor(q_bounds, device=q.device), right=True) - 1
+        k_document = torch.bucketize(k, torch.tensor(k_bounds, device=k.device), right=True) - 1
+        hidden = torch.isin(q_document, torch.tensor(padding, dtype=torch.int64, device=q.device))
         return (q_document == k_document) & ~hidden
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from .groups import rank_of, size_of
 from .layout import Layout
 from .mask import Causal, Mask, Window
 from .rank_plan import Plan
-from .rope import rotate
+from .rope import turned, turns
 
 
 class RingAttention(nn.Module):
@@ -133,7 +133,8 @@ class RingAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
         if self.rope is not None:
-            q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
+            by = turns(positions, self.head_dim, self.rope, q.dtype)
+            q, k = turned(q, *by), turned(k, *by)
         sinks = None if self.sinks is None else self.sinks.to(state_dtype(q.dtype))
         out: Tensor = attention(
             q,
@@ -151,7 +152,7 @@ class RingAttention(nn.Module):
         return y
 
     def _positions(self, x: Tensor, layout: Layout | None, plan: Plan | None, mask: Mask) -> Tensor:
-        """Global positions of x's tokens, once everything is known to fit."""
+        """Global positions of x's tokens, on its device, once everything is known to fit."""
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(
                 f"RingAttention: expected x of shape [B, S, {self.embed_dim}], got {list(x.shape)}"
@@ -180,7 +181,7 @@ class RingAttention(nn.Module):
                     "neither; pass the layout that made the shards, such as Zigzag(length, "
                     f"{size})"
                 )
-            return torch.arange(x.shape[1])
+            return torch.arange(x.shape[1], device=x.device)
         if layout.world_size != size:
             raise ValueError(
                 f"RingAttention: expected a layout for the {size} ranks of the group, got {layout}"
@@ -190,7 +191,7 @@ class RingAttention(nn.Module):
                 f"RingAttention: expected x.shape[1] == {layout.sizes[rank]}, the share of rank "
                 f"{rank} in {layout}, got {x.shape[1]}; shard x with layout.shard(x, group)"
             )
-        positions: Tensor = layout.positions(rank)
+        positions: Tensor = layout.positions_on(rank, x.device)
         return positions
 
     @classmethod

@@ -122,7 +122,7 @@ class Plan:
         whole = _planner.Ranges([(0, self.k_layout.sizes[self.rank])])
         both = key_intervals(self._reads, origin, self.rank, whole)
         if held.rows < both.shape[3]:
-            index = torch.empty(held.rows, dtype=torch.int64)
+            index = torch.empty(held.rows, dtype=torch.int64, device="cpu")
             held.fill(index.data_ptr())
             both = both.index_select(3, index)
         return self._query_cache.put(key, clipped(both, keys), held.rows)

@@ -32,7 +32,7 @@ def register(plan: "Plan") -> Tensor:
         key = next(_ids)
         _alive[key] = plan
         _kept.append(plan)
-    handle = torch.tensor([key, plan.digest])
+    handle = torch.tensor([key, plan.digest], device="cpu")
     # What autograd saves is this very tensor: while a graph lives, so does its plan.
     handle.plan = plan
     return handle

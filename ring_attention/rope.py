@@ -26,14 +26,24 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Example:
         >>> q = rotate(q, layout.positions(rank), theta=10000.0)
     """
-    half = x.shape[-1] // 2
+    return turned(x, *turns(positions.to(x.device), x.shape[-1], theta, x.dtype))
+
+
+def turns(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, D/2] of the angles, for tensors of `dtype` on the positions' device."""
+    half = head_dim // 2
     # Angles in fp64: at position 10^6 an fp32 angle is off by up to 0.06.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    angle = positions.to(torch.float64)[:, None] * theta**-exponent  # [S, D/2]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    out: Tensor = _Rotation.apply(
-        x, torch.cos(angle).to(x.device, wide), torch.sin(angle).to(x.device, wide)
-    )
+    angle = positions.to(torch.float64)[:, None] * theta**-exponent
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.cos(angle).to(wide), torch.sin(angle).to(wide)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x, rotated by what `turns` returned."""
+    out: Tensor = _Rotation.apply(x, cos, sin)
     return out
 
 

@@ -49,7 +49,7 @@ class Transfer:
         on_cpu = device is None or device.type == "cpu"
         if not on_cpu and device in self._index:
             return self._index[device].get()
-        index = torch.empty(self.num_rows, dtype=torch.int64)
+        index = torch.empty(self.num_rows, dtype=torch.int64, device="cpu")
         self.ranges.fill(index.data_ptr())
         if on_cpu:
             return index

@@ -169,7 +169,12 @@ def run_virtual(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         register(group)
         torch.set_num_threads(max(1, threads // world_size))
         try:
-            with torch.set_grad_enabled(grad_enabled):
+            # A GPU has one thread for the backwards of all: a rank that waits there for another one
+            # would hold it up. So each rank runs its own.
+            with (
+                torch.set_grad_enabled(grad_enabled),
+                torch.autograd.set_multithreading_enabled(False),
+            ):
                 results[group.rank] = fn(group, *args)
         except BaseException as error:
             errors.append(error)

@@ -26,6 +26,9 @@ hypothesis.settings.load_profile("ring_attention")
 # microseconds.
 ON_VIRTUAL_GPU = os.environ.get("RING_ATTENTION_CPU", "").startswith("ptx-")
 
+# Where the tests marked `isa` or `vm` put their tensors: `make gpu` says cuda.
+DEVICE = torch.device(os.environ.get("RING_ATTENTION_TEST_DEVICE", "cpu"))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -38,15 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run again for every instruction set of the machine")
     config.addinivalue_line("markers", "vm: of the ring, run on the virtual GPU too")
+    torch.set_default_device(DEVICE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On the virtual GPU no test is left out, but the matrix of its parameters is thinned.
 
-    Of each test so many are kept that every value of every parameter is run. float64 always goes:
-    CUDA has no kernels for it.
+    Of each test so many are kept that every value of every parameter is run. float64 always goes,
+    on any GPU: CUDA has no kernels for it.
     """
-    if not ON_VIRTUAL_GPU:
+    if not ON_VIRTUAL_GPU and DEVICE.type == "cpu":
         return
     tests: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
@@ -55,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             tests[item.nodeid.split("[")[0]].append(item)
     kept: set[pytest.Item] = set()
     for matrix in tests.values():
-        every = config.getoption("--every-parameter")
+        every = config.getoption("--every-parameter") or not ON_VIRTUAL_GPU
         kept.update(matrix if every else each_value_once(matrix))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

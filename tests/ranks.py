@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Pools of real gloo processes, one per world size, started once per test session."""
+"""Pools of real processes, gloo's or NCCL's, one per world size, started once per test session."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,13 +15,17 @@ import torch.multiprocessing as mp
 CALL_TIMEOUT_S = 120.0
 
 
-def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, backend: str, calls: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":  # which refuses ranks that share a GPU, but not those of several hosts
+        os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     store = dist.TCPStore(
         "127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=60)
     )
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     while (call := calls.get()) is not None:
         fn, args = call
@@ -34,7 +39,7 @@ def _serve(rank: int, world_size: int, port: int, calls: Any, results: Any) -> N
 class RankPool:
     """P processes that run `fn(group, *args)`, for module-level functions and picklable values."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
         context = mp.get_context("spawn")
         self.world_size = world_size
         self._store = dist.TCPStore(
@@ -45,7 +50,14 @@ class RankPool:
         self.processes = [
             context.Process(
                 target=_serve,
-                args=(rank, world_size, self._store.port, self._calls[rank], self._results),
+                args=(
+                    rank,
+                    world_size,
+                    self._store.port,
+                    backend,
+                    self._calls[rank],
+                    self._results,
+                ),
                 daemon=True,
             )
             for rank in range(world_size)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conftest import DEVICE
 from ring_attention import attention, reference
 from ring_attention.layout import Layout
 from ring_attention.mask import Causal, Mask
@@ -36,12 +37,13 @@ class Case:
 
     def tensors(self) -> dict[str, Tensor]:
         """q, k, v, dout, dlse and sinks, the same on every rank."""
-        gen = torch.Generator().manual_seed(self.seed)
+        gen = torch.Generator("cpu").manual_seed(self.seed)
         k_len = self.q_len if self.k_len is None else self.k_len
         v_dim = self.v_head_dim or self.head_dim
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=gen, dtype=torch.float64).to(self.dtype)
+            made = torch.randn(*shape, generator=gen, dtype=torch.float64, device="cpu")
+            return made.to(DEVICE, self.dtype)
 
         made = {
             "q": normal(self.batch, self.heads, self.q_len, self.head_dim),
@@ -55,7 +57,8 @@ class Case:
         return made
 
     def visible(self) -> Tensor:
-        return self.mask.dense(self.q_len, self.q_len if self.k_len is None else self.k_len)
+        k_len = self.q_len if self.k_len is None else self.k_len
+        return self.mask.dense(self.q_len, k_len).to(DEVICE)
 
 
 Results = dict[str, Tensor]
@@ -132,10 +135,13 @@ def join(parts: list[Results], q_layout: Layout, k_layout: Layout | None = None)
             continue
         layout = k_layout if name in ("dk", "dv") else q_layout
         whole = torch.full(
-            (*first.shape[:2], layout.length, *first.shape[3:]), torch.nan, dtype=first.dtype
+            (*first.shape[:2], layout.length, *first.shape[3:]),
+            torch.nan,
+            dtype=first.dtype,
+            device=first.device,
         )
         for rank, part in enumerate(parts):
-            whole[:, :, layout.positions(rank)] = part[name]
+            whole[:, :, layout.positions(rank).to(DEVICE)] = part[name]
         joined[name] = whole
     return joined
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import (
 
 from ring_attention import agree, attention, registry, trace
 from ring_attention.groups import transport_of
-from ring_attention.layout import Contiguous, Zigzag
-from ring_attention.mask import Causal, Full
+from ring_attention.layout import Contiguous, Striped, Zigzag
+from ring_attention.mask import Causal, Documents, Full
 from ring_attention.plan import plan
 from ring_attention.virtual import run_virtual
 from ring_cases import Case, Results, assert_exact, error, join, run_rank
@@ -30,6 +30,30 @@ def shards(group: Any, length: int, seed: int = 0) -> list[torch.Tensor]:
     whole = [torch.randn(1, 2, length, 16, generator=gen) for _ in range(3)]
     layout = Zigzag(length, transport_of(group).size)
     return [layout.shard(x, group, dim=2).requires_grad_() for x in whole]
+
+
+# --- Tables of plans ------------------------------------------------------------------------------
+
+
+def under_another_default(group: Any, *args: Any) -> Results:
+    with torch.device("meta"):
+        return run_rank(group, *args)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"traveller": "q"}, {"invariant": True}], ids=str)
+def test_what_torch_makes_by_default_is_not_where_tables_are(schedule: dict[str, Any]) -> None:
+    """Planners fill them on the host: torch.set_default_device("cuda") must not move them."""
+    mask = Causal() & Documents((0, 5, 6, 41, 64))
+    args = (Case(64, mask=mask), Striped(64, 4, block=8), None, schedule)
+    plain = run_virtual(4, run_rank, *args)
+    with torch.device("meta"):
+        assert Striped(64, 4).positions(3).device.type == "cpu"
+        assert mask.dense(64, 64).device.type == "cpu"
+        shard = Zigzag(64, 4).shard(torch.arange(64, device="cpu"), 1, dim=0)
+    assert torch.equal(shard, Zigzag(64, 4).positions(1))
+    for mine, theirs in zip(run_virtual(4, under_another_default, *args), plain, strict=True):
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
 
 
 # --- Groups ---------------------------------------------------------------------------------------
