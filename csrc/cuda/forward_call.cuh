@@ -7,6 +7,7 @@
 
 #include "../dispatch.h"
 #include "key_ranges.cuh"
+#include "start.h"
 #include "state.cuh"
 
 namespace ring_attention::cuda {
@@ -97,17 +98,8 @@ cudaError_t join_parts(const ForwardCall& call, cudaStream_t stream);
 template <typename Call>
 cudaError_t launch(void (*kernel)(Call), const Call& call, int threads, int smem_bytes,
                    cudaStream_t stream) {
-  const int64_t blocks = call.grid_size();
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-  if (error != cudaSuccess) return error;
-  void* arguments[] = {const_cast<Call*>(&call)};
-  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(threads)), arguments,
-                          static_cast<size_t>(smem_bytes), stream);
+  return start(reinterpret_cast<const void*>(kernel), call.grid_size(), threads, smem_bytes, stream,
+               call);
 }
 
 }  // namespace ring_attention::cuda

@@ -149,16 +149,16 @@ struct KeyPlan {
 };
 
 // Walks the key tiles of a plan: the run, and the first key of a tile of kKeys keys on the block's
-// fixed grid.
+// fixed grid. What is asked for every tile is not read from the plan again, see Note [waits].
 template <int kKeys>
 struct KeyCursor {
   int run = 0, from = 0;
 
   RA_DEVICE explicit KeyCursor(KeyPlan& plan) { settle(plan); }
-  RA_DEVICE bool done(const KeyPlan& plan) const { return run >= plan.count; }
+  RA_DEVICE bool done() const { return from >= end_; }
   RA_DEVICE void next(KeyPlan& plan) {
     from += kKeys;
-    if (from < plan.run(run).end) return;
+    if (from < end_) return;
     ++run;
     settle(plan);
   }
@@ -166,9 +166,16 @@ struct KeyCursor {
  private:
   // To the first tile of the next run that has keys.
   RA_DEVICE void settle(KeyPlan& plan) {
-    while (run < plan.count && plan.run(run).begin >= plan.run(run).end) ++run;
-    if (run < plan.count) from = plan.run(run).begin / kKeys * kKeys;
+    for (end_ = from; run < plan.count; ++run) {
+      const KeyRun& found = plan.run(run);
+      if (found.begin >= found.end) continue;
+      from = found.begin / kKeys * kKeys;
+      end_ = found.end;
+      return;
+    }
   }
+
+  int end_;  // of the run
 };
 
 // Calls clear(key), with all lanes of a warp, for each key of a tile that no row sees: what lies

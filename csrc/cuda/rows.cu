@@ -45,13 +45,8 @@ cudaError_t visit_elements(DType dtype, const Visitor& visitor) {
 template <typename... Arguments>
 cudaError_t launch_rows(void (*kernel)(Arguments...), int64_t rows, cudaStream_t stream,
                         const Arguments&... arguments) {
-  if (rows == 0) return cudaSuccess;
-  const int64_t blocks = divide_up(rows, kWarps);
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  void* pointers[] = {const_cast<Arguments*>(&arguments)...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                          dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), pointers, 0,
-                          stream);
+  return start(reinterpret_cast<const void*>(kernel), divide_up(rows, kWarps), 32 * kWarps, 0,
+               stream, arguments...);
 }
 
 __global__ void combine_kernel(int64_t rows, int64_t dim, float* acc, float* m, float* l,
@@ -208,11 +203,8 @@ cudaError_t delta(const DeltaParams& params, cudaStream_t stream) {
 
 cudaError_t sink_gradient(const float* sinks, const float* lse, const float* delta, float* dsinks,
                           int64_t batch, int64_t heads, int64_t q_len, cudaStream_t stream) {
-  if (heads == 0) return cudaSuccess;
-  void* arguments[] = {&sinks, &lse, &delta, &dsinks, &batch, &heads, &q_len};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(sink_gradient_kernel),
-                          dim3(static_cast<unsigned>(heads)), dim3(kSinkThreads), arguments, 0,
-                          stream);
+  return start(reinterpret_cast<const void*>(sink_gradient_kernel), heads, kSinkThreads, 0, stream,
+               sinks, lse, delta, dsinks, batch, heads, q_len);
 }
 
 }  // namespace ring_attention::cuda

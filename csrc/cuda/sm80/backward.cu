@@ -145,10 +145,10 @@ struct Launch {
   cudaError_t describe_rows(cudaStream_t stream) const {
     const int64_t rows = call.batch * call.heads * call.padded;
     const cudaError_t error = start(reinterpret_cast<const void*>(row_stats),
-                                    divide_up(rows, kRowThreads), kRowThreads, 0, call, stream);
+                                    divide_up(rows, kRowThreads), kRowThreads, 0, stream, call);
     if (error != cudaSuccess) return error;
     const int64_t groups = call.first_run[call.blocks.count] * call.batch * call.tile_groups();
-    return start(reinterpret_cast<const void*>(key_ranges), groups, kGroupThreads, 0, call, stream);
+    return start(reinterpret_cast<const void*>(key_ranges), groups, kGroupThreads, 0, stream, call);
   }
 
  private:
@@ -161,29 +161,11 @@ struct Launch {
 
 cudaError_t add_parts_to(float* to, const float* partial, int parts, int64_t stride, int64_t count,
                          cudaStream_t stream) {
-  const int64_t blocks = divide_up(count, kRowThreads);
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  void* arguments[] = {&to, &partial, &parts, &stride, &count};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(add_parts),
-                          dim3(static_cast<unsigned>(blocks)), dim3(kRowThreads), arguments, 0,
-                          stream);
+  return start(reinterpret_cast<const void*>(add_parts), divide_up(count, kRowThreads), kRowThreads,
+               0, stream, to, partial, parts, stride, count);
 }
 
 }  // namespace
-
-cudaError_t start(const void* kernel, int64_t blocks, int threads, int smem_bytes,
-                  const BackwardCall& call, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-  if (error != cudaSuccess) return error;
-  void* arguments[] = {const_cast<BackwardCall*>(&call)};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(threads)), arguments,
-                          static_cast<size_t>(smem_bytes), stream);
-}
 
 cudaError_t add_dq_parts(const BackwardCall& call, cudaStream_t stream) {
   if (call.dq_parts == 1) return cudaSuccess;

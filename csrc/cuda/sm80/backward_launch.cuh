@@ -17,8 +17,8 @@ cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
   }
   const int64_t parts = call.head_parts * call.row_parts;
   return start(reinterpret_cast<const void*>(backward_keys<Elem, Dims, kLargeSmem, kSums>),
-               tiles * parts * call.kv_heads * call.batch, Plan::kThreads, Plan::kSmemBytes, call,
-               stream);
+               tiles * parts * call.kv_heads * call.batch, Plan::kThreads, Plan::kSmemBytes, stream,
+               call);
 }
 
 template <typename Elem, typename Dims, bool kLargeSmem>
@@ -27,7 +27,7 @@ cudaError_t start_dq(const BackwardCall& call, cudaStream_t stream) {
   const int64_t tiles = divide_up(call.q_len, Plan::kRows);
   return start(reinterpret_cast<const void*>(backward_dq<Elem, Dims, kLargeSmem>),
                tiles * call.dq_parts * call.heads * call.batch, Plan::kThreads, Plan::kSmemBytes,
-               call, stream);
+               stream, call);
 }
 
 // dQ by atomics: one kernel.

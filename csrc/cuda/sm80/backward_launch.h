@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../start.h"
 #include "backward_config.h"
 
 namespace ring_attention::cuda::sm80 {
@@ -13,10 +14,6 @@ namespace ring_attention::cuda::sm80 {
 // per element type and bucket of head dims.
 template <typename Elem, typename Dims>
 cudaError_t launch_backward(const BackwardCall& call, bool large_smem, cudaStream_t stream);
-
-// Starts a grid of so many blocks of threads; none is fine.
-cudaError_t start(const void* kernel, int64_t blocks, int threads, int smem_bytes,
-                  const BackwardCall& call, cudaStream_t stream);
 
 // The sums of parts, into the gradients: see Note [parts].
 cudaError_t add_dq_parts(const BackwardCall& call, cudaStream_t stream);

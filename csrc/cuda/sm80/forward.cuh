@@ -80,9 +80,9 @@ class Forward {
         load_v(ahead, i);
       }
     }
-    while (!tile.done(smem_.plan)) {
+    bool full = covered(tile);
+    while (!tile.done()) {
       const KeyRun& run = smem_.plan.run(tile.run);
-      const bool full = run.covers(tile.from, tile.from + kKeys);
       const uint32_t k_tile = next_tile<kLastIsK>(ahead);
       float scores[kBands][kKeys / 8][4];
       uint32_t probs[kBands][kKeys / 16][4];
@@ -97,8 +97,9 @@ class Forward {
         clear_unseen<Tile::kRows, kKeys, kV>(v_tile, run, tile_, tile.from);
         __syncthreads();
       }
-      if (working_) accumulate(probs, v_tile);
       tile.next(smem_.plan);
+      full = covered(tile);
+      if (working_) accumulate(probs, v_tile);
     }
     cp_async_wait<0>();  // Q, where no key was seen
     return smem_.plan.more;
@@ -164,6 +165,11 @@ class Forward {
     return tile_.flat(row, static_cast<int>(call_.params.heads));
   }
 
+  // Whether all rows see all keys of a tile; asked ahead, see Note [waits].
+  RA_DEVICE bool covered(const KeyCursor<kKeys>& tile) const {
+    return !tile.done() && smem_.plan.run(tile.run).covers(tile.from, tile.from + kKeys);
+  }
+
   // ---- The ring. Step u takes tile u, and loads tile u + kStages - 1 over tile u - 1.
 
   // Tiles of the ring are K, V, K, V, ...: whether those that K steps load are K too.
@@ -171,20 +177,20 @@ class Forward {
 
   // The tile after those on their way, into a slot; an empty group where there is none.
   RA_DEVICE void load_k(const KeyCursor<kKeys>& ahead, int slot) {
-    if (!ahead.done(smem_.plan)) {
+    if (!ahead.done()) {
       const KeyRun& run = smem_.plan.run(ahead.run);
-      TileCopy<kQk, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.k,
-                                                          run.k_row, ahead.from, run.begin, run.end,
-                                                          static_cast<int>(call_.params.head_dim));
+      TileCopy<kQk, Tile::kThreads>::template stepped_rows<kKeys>(
+          shared_address(smem_.ring[slot]), run.k, run.k_row, ahead.from, run.begin, run.end,
+          static_cast<int>(call_.params.head_dim));
     }
     cp_async_commit();
   }
   RA_DEVICE void load_v(KeyCursor<kKeys>& ahead, int slot) {
-    if (!ahead.done(smem_.plan)) {
+    if (!ahead.done()) {
       const KeyRun& run = smem_.plan.run(ahead.run);
-      TileCopy<kV, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.v,
-                                                         run.v_row, ahead.from, run.begin, run.end,
-                                                         static_cast<int>(call_.params.v_head_dim));
+      TileCopy<kV, Tile::kThreads>::template stepped_rows<kKeys>(
+          shared_address(smem_.ring[slot]), run.v, run.v_row, ahead.from, run.begin, run.end,
+          static_cast<int>(call_.params.v_head_dim));
       ahead.next(smem_.plan);
     }
     cp_async_commit();

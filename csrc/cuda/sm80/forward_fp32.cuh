@@ -53,7 +53,7 @@ class ForwardFp32 {
     __syncthreads();
     smem_.plan.template make<Tile::kRows, kKeys>(call_.blocks, tile_, first, sizeof(float), part_);
     __syncthreads();
-    for (KeyCursor<kKeys> tile(smem_.plan); !tile.done(smem_.plan); tile.next(smem_.plan)) {
+    for (KeyCursor<kKeys> tile(smem_.plan); !tile.done(); tile.next(smem_.plan)) {
       const KeyRun& run = smem_.plan.run(tile.run);
       const bool full = run.covers(tile.from, tile.from + kKeys);
       load_keys(run.k, run.k_row, run, tile.from, call_.params.head_dim);
