@@ -10,6 +10,7 @@
 #   make cuda    compile the CUDA operators for every GPU, check what the compiler made of them
 #   make vm      run the CUDA kernels without a GPU: their PTX, interpreted, under the operators' tests
 #   make vm-full the same for every parameter and five seeds; half an hour with -j2
+#   make gpu     run the same tests, and those of NCCL and captured graphs, on a GPU
 #   make mutants how many single changes of the CUDA kernels those tests notice; an hour
 #   make calibrate   run FlashAttention-2 and a CUTLASS example on that interpreter
 #
@@ -65,7 +66,7 @@ SEEDS ?= 1 2 3 4 5
 FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
 TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
-.PHONY: demo test check sanitize emulated cuda cuda-build vm vm-full vm-build mutants calibrate bench clean prerequisites
+.PHONY: demo test check sanitize emulated cuda cuda-build vm vm-full vm-build gpu mutants calibrate bench clean prerequisites
 .DELETE_ON_ERROR:
 
 # --check first: bad arguments get one clear error instead of torchrun's report.
@@ -101,6 +102,20 @@ emulated: $(VENV)/built
 	$(ON_EMULATED) RING_ATTENTION_CPU=avx512 $(EMULATED_TESTS) -k "not float64" $(ARGS)
 	$(ON_EMULATED) RING_ATTENTION_CPU=avx512_bf16 $(EMULATED_TESTS) -k "bfloat16 or not float" $(ARGS)
 	$(ON_EMULATED) RING_ATTENTION_CPU=amx $(EMULATED_TESTS) -k "bfloat16 or not float" $(ARGS)
+endif
+
+# On a GPU: a build with CUDA of its own, since the others need not have it.
+GPU = build/gpu
+GPU_TESTS = tests/test_ops*.py tests/test_ring.py tests/test_invariant.py tests/test_cuda.py -m "isa or vm or gpu"
+
+ifeq ($(shell command -v nvidia-smi),)
+gpu:
+	@echo "make $@: skipped, there is no nvidia-smi, so no driver of a GPU"
+else
+gpu: $(VENV)/built
+	RING_ATTENTION_CUDA=1 $(BIN)/python setup.py --quiet build --build-base $(GPU) --build-lib $(GPU)/lib
+	RING_ATTENTION_TEST_DEVICE=cuda PYTHONPATH=$(GPU)/lib PYTHONSAFEPATH=1 \
+	    $(BIN)/python -m pytest -p no:cacheprovider $(GPU_TESTS) $(ARGS)
 endif
 
 ifeq ($(NVCC),)

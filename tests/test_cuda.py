@@ -20,9 +20,10 @@ from ring_attention.plan import plan
 from ring_attention.virtual import run_virtual
 from ring_cases import Case, Results, assert_exact, join, run_rank
 
-pytestmark = pytest.mark.skipif(
-    DEVICE.type != "cuda", reason="make gpu runs it, where there is a GPU"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="make gpu runs it, where there is a GPU"),
+]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "direct": {"generator": "direct"},
     "chain": {"generator": "chain"},

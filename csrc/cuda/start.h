@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // How every kernel is started.
-//
-// Note [carve-out]. A multiprocessor has one memory for L1 and for shared memory, and the driver
-// chooses their shares for each kernel. Left alone, it gave kernels with less than 48 KB of dynamic
-// shared memory so little on an H100 that one block fitted where registers had room for several.
-// L1 is of no use to kernels that copy past it, so these ask for the largest share of the other.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,12 +17,8 @@ cudaError_t start(const void* kernel, int64_t blocks, int threads, int smem_byte
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   if (smem_bytes > 0) {
-    cudaError_t error =
+    const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    }
     if (error != cudaSuccess) return error;
   }
   void* pointers[] = {const_cast<Arguments*>(&arguments)...};

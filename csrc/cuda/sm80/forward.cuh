@@ -21,6 +21,11 @@
 // into parts, by shape; each part is a block of its own that writes a state to the workspace, and a
 // second kernel joins them, in order, with the carried state.
 //
+// Note [waits]. A scheduler has two warps here, and a read of shared memory may find neither with
+// anything else to do: on an H100 a sixth of a profile's samples (head dim 128) stood at comparisons
+// with numbers of the plan. So a cursor keeps what is asked for every tile, and whether the next
+// tile needs masks is asked ahead of the products that hide the way of the answer.
+//
 // Memory: see SharedMemoryPlan. Global memory: none beside the tensors and the parts.
 #pragma once
 
