@@ -2,7 +2,7 @@
 """The block kernels against torch's attention and against the machine's peak.
 
     python benchmarks/kernel.py                                     # the main table
-    python benchmarks/kernel.py --device cuda --length 16384 --heads 16
+    python benchmarks/kernel.py --device cuda --length 16384 --heads 16 --sdpa flash
     python benchmarks/kernel.py --case full,softcap,gqa,sinks --head-dim 64
     python benchmarks/kernel.py --case short64,short256,short1024 --direction forward
     python benchmarks/kernel.py --case decode1,decode16 --direction forward
@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernel_cases import Problem, case_named, tiles_touched
+from kernel_cases import SDPA, Problem, case_named, tiles_touched
 from ring_attention import ops
 
 
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, head_dim: int, name: s
 
     problem = problem_of(name)
     ours = problem.ours()
-    theirs = problem.torchs(ours["forward"]) if args.torch else {}
+    theirs = problem.torchs(ours["forward"], args.sdpa) if args.torch else {}
     touched = tiles_touched(problem.begin.cpu(), problem.end.cpu(), problem.case.k_len)
     decoding, short = name.startswith("decode"), name.startswith("short")
     full = None if decoding or short or name == "full" else problem_of("full")
@@ -213,6 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--sdpa", choices=SDPA, default="any", help="torch's backend (default any)")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()

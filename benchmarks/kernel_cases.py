@@ -4,13 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ring_attention.mask import Causal, Documents, Full, Mask, Window
+
+# What torch may compute with: None leaves the choice to it.
+SDPA = {
+    "any": None,
+    "flash": SDPBackend.FLASH_ATTENTION,  # on CUDA FlashAttention-2
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,11 @@ class Problem:
             "backward": lambda: ring.backward(self.dout, None, q, k, v, out, lse, *rest),
         }
 
-    def torchs(self, ours: Callable[[], object]) -> dict[str, Callable[[], object]]:
-        """torch has one fast mask; the others it takes as a dense boolean. `ours`: to compare."""
+    def torchs(self, ours: Callable[[], object], sdpa: str) -> dict[str, Callable[[], object]]:
+        """torch has one fast mask; the others it takes as a dense boolean. `ours`: to compare.
+
+        None where the backend that `sdpa` names does not take the problem.
+        """
         case = self.case
         if not case.has_peer:
             return {}
@@ -143,16 +156,22 @@ class Problem:
             dense = case.mask.dense(case.q_len, case.k_len)[:, None].to(self.q.device)
         leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
 
-        def sdpa(*qkv: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
-                *qkv, attn_mask=dense, is_causal=causal, enable_gqa=case.heads != case.kv_heads
-            )
+        def attention(*qkv: Tensor) -> Tensor:
+            with sdpa_kernel(SDPA[sdpa]) if SDPA[sdpa] else nullcontext():
+                return F.scaled_dot_product_attention(
+                    *qkv, attn_mask=dense, is_causal=causal, enable_gqa=case.heads != case.kv_heads
+                )
 
-        graph = sdpa(*leaves)
+        try:
+            graph = attention(*leaves)
+        except RuntimeError as error:
+            if SDPA[sdpa] and ("No available" in str(error) or "No viable" in str(error)):
+                return {}
+            raise
         error = (ours()[0].float() - graph.detach().float()).abs().max().item()  # type: ignore[index]
         if error > 0.05:
             raise SystemExit(f"kernel.py: expected torch's result, got an error of {error}")
         return {
-            "forward": lambda: sdpa(self.q, self.k, self.v),
+            "forward": lambda: attention(self.q, self.k, self.v),
             "backward": lambda: torch.autograd.grad(graph, leaves, self.dout, retain_graph=True),
         }

@@ -2,7 +2,7 @@
 """Figures of devices and links: what a prediction is made of.
 
 The named ones are published figures of others' kernels and of data sheets, good enough to choose
-hardware and a schedule. ``python -m ring_attention calibrate`` measures those of this machine.
+hardware and a schedule; H100-sm80 and CPU are measurements of ours. ``python -m ring_attention calibrate`` measures those of this machine.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ DEVICES: dict[str, Device] = {
         _gpu("A100", 228e12, 196e12, 80, 2.04),
         # FlashAttention-3 (Shah et al., 2024), figures 5 and 6: 648 forward, about 560 backward.
         _gpu("H100", 648e12, 560e12, 80, 3.35),
+        # One running our kernels, as measured (benchmarks/README.md): 8,192 tokens, 16 heads.
+        _gpu("H100-sm80", 359e12, 196e12, 80, 3.35),
         # The same processor with other memory.
         _gpu("H200", 648e12, 560e12, 141, 4.8),
         # FlashAttention-4 (2026): up to 1,613 forward; backward assumed to be 70% of it.
