@@ -12,8 +12,8 @@ namespace {
 // Calls visitor(tiles, launch) with the tiles that serve a call, and its launcher.
 template <typename Visitor>
 cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const Visitor& visitor) {
-  const bool large = device.smem_optin_bytes >= kLargeSmemBytes;
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
+    const bool large = takes_large_tiles(device.smem_optin_bytes, Dims::kQk, Dims::kV);
     const auto visit = [&]<typename Elem>(Elem) {
       const bool atomic_dq = !p.deterministic && has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV);
       const BackwardTiles tiles = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large);
