@@ -7,7 +7,6 @@
 
 #include "../dispatch.h"
 #include "key_ranges.cuh"
-#include "start.h"
 #include "state.cuh"
 
 namespace ring_attention::cuda {
@@ -94,12 +93,5 @@ RA_DEVICE RowState initial_state(const ForwardParams& p, int64_t row, int head) 
 
 // The parts of a launch, in order, and the carried state, into the state or the output.
 cudaError_t join_parts(const ForwardCall& call, cudaStream_t stream);
-
-template <typename Call>
-cudaError_t launch(void (*kernel)(Call), const Call& call, int threads, int smem_bytes,
-                   cudaStream_t stream) {
-  return start(reinterpret_cast<const void*>(kernel), call.grid_size(), threads, smem_bytes, stream,
-               call);
-}
 
 }  // namespace ring_attention::cuda

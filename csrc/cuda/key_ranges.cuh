@@ -166,7 +166,8 @@ struct KeyCursor {
  private:
   // To the first tile of the next run that has keys.
   RA_DEVICE void settle(KeyPlan& plan) {
-    for (end_ = from; run < plan.count; ++run) {
+    end_ = from;  // done, unless a run follows
+    for (; run < plan.count; ++run) {
       const KeyRun& found = plan.run(run);
       if (found.begin >= found.end) continue;
       from = found.begin / kKeys * kKeys;

@@ -4,6 +4,7 @@
 // that rows may begin anywhere. Bound by memory.
 #include "forward_call.cuh"
 #include "launch.h"
+#include "start.h"
 
 namespace ring_attention::cuda {
 namespace {
@@ -42,11 +43,10 @@ cudaError_t visit_elements(DType dtype, const Visitor& visitor) {
   }
 }
 
-template <typename... Arguments>
-cudaError_t launch_rows(void (*kernel)(Arguments...), int64_t rows, cudaStream_t stream,
-                        const Arguments&... arguments) {
-  return start(reinterpret_cast<const void*>(kernel), divide_up(rows, kWarps), 32 * kWarps, 0,
-               stream, arguments...);
+template <typename... Parameters>
+cudaError_t launch_rows(void (*kernel)(Parameters...), int64_t rows, cudaStream_t stream,
+                        const std::type_identity_t<Parameters>&... arguments) {
+  return start(kernel, divide_up(rows, kWarps), 32 * kWarps, 0, stream, arguments...);
 }
 
 __global__ void combine_kernel(int64_t rows, int64_t dim, float* acc, float* m, float* l,
@@ -203,8 +203,8 @@ cudaError_t delta(const DeltaParams& params, cudaStream_t stream) {
 
 cudaError_t sink_gradient(const float* sinks, const float* lse, const float* delta, float* dsinks,
                           int64_t batch, int64_t heads, int64_t q_len, cudaStream_t stream) {
-  return start(reinterpret_cast<const void*>(sink_gradient_kernel), heads, kSinkThreads, 0, stream,
-               sinks, lse, delta, dsinks, batch, heads, q_len);
+  return start(sink_gradient_kernel, heads, kSinkThreads, 0, stream, sinks, lse, delta, dsinks,
+               batch, heads, q_len);
 }
 
 }  // namespace ring_attention::cuda

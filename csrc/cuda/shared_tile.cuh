@@ -119,20 +119,10 @@ struct TileCopy {
   }
 
   // Rows [begin, end) of a matrix as rows [begin - from, end - from) of the tile, zeros around
-  // them. stride: of rows, in bytes.
+  // them. stride: of rows, in bytes; the address steps from row to row.
   template <int kRows>
   static RA_DEVICE void rows(uint32_t tile, const char* data, int64_t stride, int from, int begin,
                              int end, int dim) {
-    run<kRows>(tile, dim, [&](int r) -> const char* {
-      const int i = from + r;
-      return begin <= i && i < end ? data + i * stride : nullptr;
-    });
-  }
-
-  // The same with fewer instructions: the address steps from row to row.
-  template <int kRows>
-  static RA_DEVICE void stepped_rows(uint32_t tile, const char* data, int64_t stride, int from,
-                                     int begin, int end, int dim) {
     const uint32_t to = tile + Layout::offset(row(), chunk());
     const int first = from + row() - begin, count = end - begin;
     const char* at = data + (from + row()) * stride + chunk() * 16;

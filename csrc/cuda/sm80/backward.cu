@@ -144,11 +144,11 @@ struct Launch {
 
   cudaError_t describe_rows(cudaStream_t stream) const {
     const int64_t rows = call.batch * call.heads * call.padded;
-    const cudaError_t error = start(reinterpret_cast<const void*>(row_stats),
-                                    divide_up(rows, kRowThreads), kRowThreads, 0, stream, call);
+    const cudaError_t error =
+        start(row_stats, divide_up(rows, kRowThreads), kRowThreads, 0, stream, call);
     if (error != cudaSuccess) return error;
     const int64_t groups = call.first_run[call.blocks.count] * call.batch * call.tile_groups();
-    return start(reinterpret_cast<const void*>(key_ranges), groups, kGroupThreads, 0, stream, call);
+    return start(key_ranges, groups, kGroupThreads, 0, stream, call);
   }
 
  private:
@@ -161,8 +161,8 @@ struct Launch {
 
 cudaError_t add_parts_to(float* to, const float* partial, int parts, int64_t stride, int64_t count,
                          cudaStream_t stream) {
-  return start(reinterpret_cast<const void*>(add_parts), divide_up(count, kRowThreads), kRowThreads,
-               0, stream, to, partial, parts, stride, count);
+  return start(add_parts, divide_up(count, kRowThreads), kRowThreads, 0, stream, to, partial, parts,
+               stride, count);
 }
 
 }  // namespace

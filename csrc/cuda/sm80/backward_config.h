@@ -46,7 +46,8 @@ constexpr BackwardTiles backward_tiles(int element_bytes, int dim, int v_dim, bo
     if (both <= 192) return {2, 2, 32, 16};
     return both <= 384 ? BackwardTiles{2, 2, 16, 16} : BackwardTiles{2, 1, 16, 8};
   }
-  if (both <= 128) return {2, 2, 32, 64};
+  if (both <= 64) return {2, 2, 32, 64};
+  if (both <= 128) return {large_smem ? 2 : 4, 2, 32, 64};
   if (both <= 192) return large_smem ? BackwardTiles{4, 2, 32, 64} : BackwardTiles{4, 2, 32, 32};
   if (both <= 256) return large_smem ? BackwardTiles{4, 2, 32, 64} : BackwardTiles{2, 2, 32, 32};
   if (both <= 320) return large_smem ? BackwardTiles{4, 2, 32, 32} : BackwardTiles{2, 2, 32, 32};

@@ -90,21 +90,18 @@ struct Rows {
   static RA_DEVICE void load_keys(const BackwardCall& call, const KVBlock& block, int sample,
                                   int kv_head, int row, int begin, int end, uint32_t k,
                                   uint32_t v) {
-    Wide::template stepped_rows<kRows>(k, of_head(block.k, block.k_stride, sample, kv_head),
-                                       block.k_stride.row, row, begin, end, kUnits * call.head_dim);
-    VWide::template stepped_rows<kRows>(v, of_head(block.v, block.v_stride, sample, kv_head),
-                                        block.v_stride.row, row, begin, end,
-                                        kUnits * call.v_head_dim);
+    Wide::template rows<kRows>(k, of_head(block.k, block.k_stride, sample, kv_head),
+                               block.k_stride.row, row, begin, end, kUnits * call.head_dim);
+    VWide::template rows<kRows>(v, of_head(block.v, block.v_stride, sample, kv_head),
+                                block.v_stride.row, row, begin, end, kUnits * call.v_head_dim);
   }
   template <int kRows>
   static RA_DEVICE void load_queries(const BackwardCall& call, int sample, int head, int row,
                                      uint32_t q, uint32_t dout) {
-    Wide::template stepped_rows<kRows>(q, of_head(call.q, call.q_stride, sample, head),
-                                       call.q_stride.row, row, 0, call.q_len,
-                                       kUnits * call.head_dim);
-    VWide::template stepped_rows<kRows>(dout, of_head(call.dout, call.dout_stride, sample, head),
-                                        call.dout_stride.row, row, 0, call.q_len,
-                                        kUnits * call.v_head_dim);
+    Wide::template rows<kRows>(q, of_head(call.q, call.q_stride, sample, head), call.q_stride.row,
+                               row, 0, call.q_len, kUnits * call.head_dim);
+    VWide::template rows<kRows>(dout, of_head(call.dout, call.dout_stride, sample, head),
+                                call.dout_stride.row, row, 0, call.q_len, kUnits * call.v_head_dim);
   }
 };
 

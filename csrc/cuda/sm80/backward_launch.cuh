@@ -16,7 +16,7 @@ cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
     tiles += divide_up(call.blocks.block[i].k_len, Plan::kRows);
   }
   const int64_t parts = call.head_parts * call.row_parts;
-  return start(reinterpret_cast<const void*>(backward_keys<Elem, Dims, kLargeSmem, kSums>),
+  return start(backward_keys<Elem, Dims, kLargeSmem, kSums>,
                tiles * parts * call.kv_heads * call.batch, Plan::kThreads, Plan::kSmemBytes, stream,
                call);
 }
@@ -25,9 +25,8 @@ template <typename Elem, typename Dims, bool kLargeSmem>
 cudaError_t start_dq(const BackwardCall& call, cudaStream_t stream) {
   using Plan = BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>;
   const int64_t tiles = divide_up(call.q_len, Plan::kRows);
-  return start(reinterpret_cast<const void*>(backward_dq<Elem, Dims, kLargeSmem>),
-               tiles * call.dq_parts * call.heads * call.batch, Plan::kThreads, Plan::kSmemBytes,
-               stream, call);
+  return start(backward_dq<Elem, Dims, kLargeSmem>, tiles * call.dq_parts * call.heads * call.batch,
+               Plan::kThreads, Plan::kSmemBytes, stream, call);
 }
 
 // dQ by atomics: one kernel.

@@ -21,14 +21,16 @@
 // into parts, by shape; each part is a block of its own that writes a state to the workspace, and a
 // second kernel joins them, in order, with the carried state.
 //
-// Note [waits]. A scheduler has two warps here, and a read of shared memory may find neither with
-// anything else to do: on an H100 a sixth of a profile's samples (head dim 128) stood at comparisons
-// with numbers of the plan. So a cursor keeps what is asked for every tile, and whether the next
-// tile needs masks is asked ahead of the products that hide the way of the answer.
+// Note [waits]. A scheduler has two warps here (few rows: fewer), and while one waits for a read of
+// shared memory the other may have to wait too: on an H100 a sixth of a profile's samples (head dim
+// 128) stood at comparisons with numbers of the plan. So the cursor keeps the end of its run in a
+// register, and whether the next tile needs masks is asked before O += P V, whose products cover
+// the read.
 //
 // Memory: see SharedMemoryPlan. Global memory: none beside the tensors and the parts.
 #pragma once
 
+#include "../start.h"
 #include "config.h"
 #include "forward_launch.h"
 
@@ -184,18 +186,18 @@ class Forward {
   RA_DEVICE void load_k(const KeyCursor<kKeys>& ahead, int slot) {
     if (!ahead.done()) {
       const KeyRun& run = smem_.plan.run(ahead.run);
-      TileCopy<kQk, Tile::kThreads>::template stepped_rows<kKeys>(
-          shared_address(smem_.ring[slot]), run.k, run.k_row, ahead.from, run.begin, run.end,
-          static_cast<int>(call_.params.head_dim));
+      TileCopy<kQk, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.k,
+                                                          run.k_row, ahead.from, run.begin, run.end,
+                                                          static_cast<int>(call_.params.head_dim));
     }
     cp_async_commit();
   }
   RA_DEVICE void load_v(KeyCursor<kKeys>& ahead, int slot) {
     if (!ahead.done()) {
       const KeyRun& run = smem_.plan.run(ahead.run);
-      TileCopy<kV, Tile::kThreads>::template stepped_rows<kKeys>(
-          shared_address(smem_.ring[slot]), run.v, run.v_row, ahead.from, run.begin, run.end,
-          static_cast<int>(call_.params.v_head_dim));
+      TileCopy<kV, Tile::kThreads>::template rows<kKeys>(shared_address(smem_.ring[slot]), run.v,
+                                                         run.v_row, ahead.from, run.begin, run.end,
+                                                         static_cast<int>(call_.params.v_head_dim));
       ahead.next(smem_.plan);
     }
     cp_async_commit();
@@ -423,8 +425,8 @@ template <typename Elem, typename Dims>
 cudaError_t launch_forward(const ForwardCall& call, TileFor use, cudaStream_t stream) {
   const auto start = [&]<TileFor kUse, bool kSoftcap>() {
     using Tile = typename ForwardTileFor<Dims, kUse>::Tile;
-    return launch(forward_kernel<Elem, Tile, kSoftcap>, call, Tile::kThreads, Tile::kSmemBytes,
-                  stream);
+    return start(forward_kernel<Elem, Tile, kSoftcap>, call.grid_size(), Tile::kThreads,
+                 Tile::kSmemBytes, stream, call);
   };
   const bool softcap = call.params.softcap != 0.0;
   switch (use) {

@@ -17,6 +17,7 @@
 // not grow with the sequence. Memory: see Fp32Tile.
 #pragma once
 
+#include "../start.h"
 #include "config.h"
 #include "forward_launch.h"
 #include "products_fp32.cuh"
@@ -269,8 +270,8 @@ template <int kMaxDim>
 cudaError_t launch_forward_fp32(const ForwardCall& call, cudaStream_t stream) {
   return visit_flag(call.params.softcap != 0.0, [&]<typename Softcap>(Softcap) {
     using Tile = Fp32Tile<kMaxDim>;
-    return launch(forward_fp32_kernel<Tile, Softcap::value>, call, Tile::kThreads, Tile::kSmemBytes,
-                  stream);
+    return start(forward_fp32_kernel<Tile, Softcap::value>, call.grid_size(), Tile::kThreads,
+                 Tile::kSmemBytes, stream, call);
   });
 }
 
