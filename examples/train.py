@@ -169,7 +169,7 @@ Trained in {took_s:.0f} s to {bits:.2f} bits per byte ({entropy:.2f} for countin
   exposed      {waited:.1%} of the time was spent waiting for blocks and gradients of the ring
   results      {args.out}/loss.png, timeline.png and checkpoint.pt (--resume goes on from it)
   on GPUs      {GPUS}
-               (untried, as several CPU machines are: no GPU has run this release yet)""")
+               (untried, as several CPU machines are: a GPU ran the package's tests, not this)""")
 
 
 def resident_bytes() -> int:

@@ -2,10 +2,11 @@
 """What the host knows and kernels read on a device: copied once, without a wait on the host.
 
 Note [captures]. While a CUDA graph is captured nothing may be copied from the host, and no event
-recorded before may be asked or waited for. So whatever a plan has on a device is made by a first
-call outside: the warm-up that graphs ask for anyway. It has arrived by then, as torch.cuda.graph
-begins with torch.cuda.synchronize(). A graph reads it at every replay: what one has read is never
-dropped while the plan lives, so keep the plan as long as the graph.
+recorded before may be asked or waited for. So whatever plans and layouts have on a device is made
+by a first call outside: the warm-up that graphs ask for anyway. It has arrived by then, as
+torch.cuda.graph begins with torch.cuda.synchronize(). A graph reads it at every replay: what one
+has read is never dropped while the plan lives, so keep the plan as long as the graph. Positions of
+layouts that one has read are kept as long as the process.
 """
 
 import threading
@@ -38,8 +39,9 @@ class DeviceCopy:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "ring_attention: expected a call that is captured in a CUDA graph to have run "
-                f"before with this plan on {device}, got its first (or its masks take more than "
-                "the memory that plans keep of them); run it once before the capture"
+                f"before with this plan and layout on {device}, got its first (or what it reads "
+                "was dropped: plans keep 64 MB of masks, layers the positions of 16 layouts); run it "
+                "once before the capture"
             )
         self._stream = torch.cuda.current_stream(device)
         self._tensor = host.pin_memory().to(device, non_blocking=True)
@@ -69,7 +71,9 @@ class DeviceCopy:
 
 
 class DeviceCopies:
-    """Some copies by key and device, least recently used first out; what a CUDA graph reads stays.
+    """Copies by key and device, least recently used first out; what a CUDA graph reads stays.
+
+    It stays as long as this does, and is not counted.
 
     Args:
         most: copies that are kept.
@@ -80,14 +84,15 @@ class DeviceCopies:
         self.lock = threading.Lock()
         self.kept: OrderedDict[tuple[Hashable, torch.device], DeviceCopy] = OrderedDict()
 
+    @torch.compiler.disable
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """The copy of what `make` makes on the host, to be read on the current stream."""
         with self.lock:
             place = key, device
             if place not in self.kept:
                 self.kept[place] = DeviceCopy(make(), device)
-                for old in list(self.kept)[: -self.most]:
-                    if not self.kept[old].captured:
-                        del self.kept[old]
+                droppable = [old for old, copy in self.kept.items() if not copy.captured]
+                for old in droppable[: -self.most]:
+                    del self.kept[old]
             self.kept.move_to_end(place)
             return self.kept[place].get()

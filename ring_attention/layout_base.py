@@ -79,6 +79,14 @@ class Layout:
             return self.positions(rank)
         return _positions.get((self, rank), device, lambda: self.positions(rank))
 
+    def order_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The positions of every rank on a device: as ``positions_on``, in one copy."""
+        ranks = range(self.world_size)
+        if device.type == "cpu":
+            return tuple(map(self.positions, ranks))
+        order = _positions.get(self, device, lambda: torch.cat([*map(self.positions, ranks)]))
+        return order.split(self.sizes)
+
     def shard(self, x: Any, rank: Any, dim: int = 1) -> Any:
         """This rank's rows of whole tensors.
 
@@ -180,8 +188,8 @@ class _Unshard(torch.autograd.Function):  # torch is untyped here
         shape = list(x.shape)
         shape[dim] = layout.length
         out = x.new_empty(shape)
-        for r, part in enumerate(parts):
-            out.index_copy_(dim, layout.positions_on(r, x.device), part)
+        for where, part in zip(layout.order_on(x.device), parts, strict=True):
+            out.index_copy_(dim, where, part)
         return out
 
     @staticmethod

@@ -34,7 +34,7 @@ def _bounds(argument: str, value: Any) -> Bounds:
 
 def _rows(name: str, values: Any) -> Tensor:
     """[S] or [B, S] integers as an int64 CPU tensor [B, S]."""
-    rows = torch.as_tensor(values)
+    rows = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     if rows.dim() not in (1, 2) or rows.is_floating_point() or rows.is_complex():
         shape = f"{rows.dtype} of shape {tuple(rows.shape)}"
         refuse(name, "integers [S] or [B, S]", shape, "pass one integer per position")

@@ -125,7 +125,7 @@ class RingAttention(nn.Module):
         if plan is not None and mask is None and self.window is None:
             mask = plan.mask
         mask = self.effective_mask(mask)
-        positions = self._positions(x, layout, plan, mask)
+        layout = self._layout(x, layout, plan, mask)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, S, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -133,7 +133,7 @@ class RingAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
         if self.rope is not None:
-            by = turns(positions, self.head_dim, self.rope, q.dtype)
+            by = turns(self._positions(x, layout), self.head_dim, self.rope, q.dtype)
             q, k = turned(q, *by), turned(k, *by)
         sinks = None if self.sinks is None else self.sinks.to(state_dtype(q.dtype))
         out: Tensor = attention(
@@ -142,7 +142,7 @@ class RingAttention(nn.Module):
             v,
             mask=mask,
             group=self.group,
-            layout=layout,
+            layout=None if plan is not None else layout,
             plan=plan,
             softcap=self.softcap,
             sinks=sinks,
@@ -151,8 +151,10 @@ class RingAttention(nn.Module):
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(-2))
         return y
 
-    def _positions(self, x: Tensor, layout: Layout | None, plan: Plan | None, mask: Mask) -> Tensor:
-        """Global positions of x's tokens, on its device, once everything is known to fit."""
+    def _layout(
+        self, x: Tensor, layout: Layout | None, plan: Plan | None, mask: Mask
+    ) -> Layout | None:
+        """The layout of x, once everything is known to fit; None: x is the whole sequence."""
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(
                 f"RingAttention: expected x of shape [B, S, {self.embed_dim}], got {list(x.shape)}"
@@ -181,7 +183,7 @@ class RingAttention(nn.Module):
                     "neither; pass the layout that made the shards, such as Zigzag(length, "
                     f"{size})"
                 )
-            return torch.arange(x.shape[1], device=x.device)
+            return None
         if layout.world_size != size:
             raise ValueError(
                 f"RingAttention: expected a layout for the {size} ranks of the group, got {layout}"
@@ -191,8 +193,13 @@ class RingAttention(nn.Module):
                 f"RingAttention: expected x.shape[1] == {layout.sizes[rank]}, the share of rank "
                 f"{rank} in {layout}, got {x.shape[1]}; shard x with layout.shard(x, group)"
             )
-        positions: Tensor = layout.positions_on(rank, x.device)
-        return positions
+        return layout
+
+    def _positions(self, x: Tensor, layout: Layout | None) -> Tensor:
+        """Global positions of x's tokens, on its device."""
+        if layout is None:
+            return torch.arange(x.shape[1], device=x.device)
+        return layout.positions_on(rank_of(self.group), x.device)
 
     @classmethod
     def from_multihead_attention(

@@ -40,9 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run again for every instruction set of the machine")
-    config.addinivalue_line("markers", "vm: of the ring, run on the virtual GPU too")
+    config.addinivalue_line("markers", "vm: of the ring, run on the virtual GPU and on a GPU too")
     config.addinivalue_line("markers", "gpu: of a real GPU")
-    torch.set_default_device(DEVICE)
+    if DEVICE.type != "cpu":
+        torch.set_default_device(DEVICE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

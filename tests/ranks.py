@@ -17,10 +17,12 @@ CALL_TIMEOUT_S = 120.0
 
 def _serve(rank: int, world_size: int, port: int, backend: str, calls: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    if backend == "nccl":  # which refuses ranks that share a GPU, but not those of several hosts
-        os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    if backend == "nccl":
         os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        if world_size > gpus:  # NCCL refuses ranks that share a GPU, but not those of several hosts
+            os.environ.update(NCCL_HOSTID=str(rank), NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
     store = dist.TCPStore(
         "127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=60)
     )

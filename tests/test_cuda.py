@@ -5,7 +5,7 @@ The rest of a GPU's tests are those of the operators and the ring, on its tensor
 may share a GPU: NCCL takes them for several hosts (ranks.py) and sends by sockets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ LENGTH = 384
 CASES = {
     "full": Case(LENGTH, mask=Full(), heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16),
     "causal": Case(LENGTH, heads=2, head_dim=128, dtype=torch.float16, sinks=True),
+    "softcap": Case(LENGTH, head_dim=64, dtype=torch.bfloat16, sinks=True, softcap=5.0),
     "window": Case(LENGTH, mask=Causal() & Window(100, 0), head_dim=64, dtype=torch.float32),
 }
 
@@ -67,38 +68,43 @@ def test_nccl_and_virtual_ranks_agree_to_the_bit(nccl: RankPool, schedule: str, 
             assert torch.equal(mine[what], theirs[what]), what
 
 
+def warm_up(run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What a captured call needs before: some runs on another stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            results = run()
+    torch.cuda.synchronize()
+    return [x.clone() for x in results]
+
+
 class Shard:
     """One rank's part of a call whose plan is agreed on; `run` may be captured."""
 
     def __init__(self, group: Any, case: Case) -> None:
-        size = 1 if group is None else group.size()
-        self.layout = Zigzag(case.q_len, size)
-        self.group = group
-        rank = 0 if group is None else group.rank()
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        layout = Zigzag(case.q_len, size)
         made = case.tensors()
+        self.group, self.softcap = group, case.softcap
         self.inputs = {
-            name: self.layout.shard(made[name], rank, dim=2).contiguous()
+            name: layout.shard(made[name], rank, dim=2).contiguous()
             for name in ("q", "k", "v", "dout")
         }
-        self.plan = plan(case.mask, self.layout, group=group)
-        self.softcap = case.softcap
+        if case.sinks:
+            self.inputs["sinks"] = made["sinks"]
+        self.plan = plan(case.mask, layout, group=group)
         if group is not None:
             agree(self.plan, group, *(self.inputs[name] for name in "qkv"))
 
     def run(self) -> list[torch.Tensor]:
-        q, k, v = (self.inputs[name].detach().requires_grad_() for name in "qkv")
-        out = attention(q, k, v, plan=self.plan, group=self.group)
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.inputs["dout"])]
+        leaves = {n: x.detach().requires_grad_() for n, x in self.inputs.items() if n != "dout"}
+        how: dict[str, Any] = {"plan": self.plan, "group": self.group, "softcap": self.softcap}
+        out = attention(**leaves, **how)
+        return [out.detach(), *torch.autograd.grad(out, [*leaves.values()], self.inputs["dout"])]
 
     def warm_up(self) -> list[torch.Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                results = self.run()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        return [x.clone() for x in results]
+        return warm_up(self.run)
 
 
 def replays_are_calls(group: Any, case: Case) -> list[bool]:
@@ -151,11 +157,7 @@ def layer_replays(group: Any) -> bool:
         return [y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], dy)]
 
     agree(made, group, *(torch.empty(1, 2, x.shape[1], 64, device="meta") for _ in range(3)))
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
+    warm_up(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()

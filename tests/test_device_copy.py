@@ -28,7 +28,7 @@ def test_copies_are_made_once_and_the_oldest_goes_unless_a_graph_reads_it() -> N
     copies.kept["a", META].captured = True
     for key in "defg":
         get(key)
-    assert [key for key, _ in copies.kept] == ["a", "f", "g"]
+    assert [key for key, _ in copies.kept] == ["a", "f", "g"]  # a is not counted
     assert made == [*"abcdefg"]
 
 
@@ -39,3 +39,6 @@ def test_positions_on_a_device_belong_to_layout_and_rank() -> None:
     assert len({id(x) for x in on_meta}) == 6
     assert layout.positions_on(1, META) is on_meta[1]
     assert on_meta[1].shape == layout.positions(1).shape
+    assert [len(x) for x in layout.order_on(META)] == [*layout.sizes]
+    order = layout.order_on(torch.device("cpu"))
+    assert all(torch.equal(x, layout.positions(r)) for r, x in enumerate(order))

@@ -48,6 +48,9 @@ def test_what_torch_makes_by_default_is_not_where_tables_are(schedule: dict[str,
     plain = run_virtual(4, run_rank, *args)
     with torch.device("meta"):
         assert Striped(64, 4).positions(3).device.type == "cpu"
+        assert Documents.from_ids([7, 7, 3, -1]).cu_seqlens == ((0, 2, 3, 4),)
+        ids = torch.tensor([0, 1, 2, 0, 1], device="cpu")
+        assert Documents.from_positions(ids).cu_seqlens == ((0, 3, 5),)
         assert mask.dense(64, 64).device.type == "cpu"
         shard = Zigzag(64, 4).shard(torch.arange(64, device="cpu"), 1, dim=0)
     assert torch.equal(shard, Zigzag(64, 4).positions(1))
