@@ -40,8 +40,8 @@ class DeviceCopy:
             raise RuntimeError(
                 "ring_attention: expected a call that is captured in a CUDA graph to have run "
                 f"before with this plan and layout on {device}, got its first (or what it reads "
-                "was dropped: plans keep 64 MB of masks, layers the positions of 16 layouts); run it "
-                "once before the capture"
+                "was dropped: plans keep 64 MB of masks, layers the positions of 16 layouts); "
+                "run it once before the capture"
             )
         self._stream = torch.cuda.current_stream(device)
         self._tensor = host.pin_memory().to(device, non_blocking=True)
