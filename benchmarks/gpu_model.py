@@ -8,9 +8,9 @@ the tensor cores' peak:
     serial   a warp's products and its softmax take turns
     overlap  the busiest unit is the bound, everything else hides behind it
 
-The truth lies between, and where, the same model says of FlashAttention-2's kernels as torch ships
-them, of which figures are published: good for ranking, not for promises. Nothing here has been
-timed on a GPU. Memory, waits at barriers and dQ's atomics are not modelled.
+The same model of FlashAttention-2's kernels as torch ships them, of which figures are published,
+is the check; benchmarks/README.md has what an H100 made of both: up to a third less than serial,
+and two kernels ranked wrongly. Memory, waits at barriers and dQ's atomics are not modelled.
 
     make cuda
     python benchmarks/gpu_model.py
