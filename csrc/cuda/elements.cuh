@@ -40,21 +40,4 @@ struct Float32 {
   RA_DEVICE float widen() const { return value; }
 };
 
-// Writes two neighbours of a row. Rows of 16-bit elements may begin anywhere.
-template <typename Elem>
-RA_DEVICE void store_pair(Elem* to, float low, float high) {
-  const uint32_t pair = Elem::pack(low, high);
-  if (reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<uint32_t*>(to) = pair;
-  } else {
-    to[0].bits = static_cast<uint16_t>(pair);
-    to[1].bits = static_cast<uint16_t>(pair >> 16);
-  }
-}
-template <>
-RA_DEVICE void store_pair<Float32>(Float32* to, float low, float high) {
-  to[0].value = low;
-  to[1].value = high;
-}
-
 }  // namespace ring_attention::cuda

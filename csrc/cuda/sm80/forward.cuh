@@ -141,6 +141,7 @@ class Forward {
       float* acc = carried(p.acc) + at * p.v_head_dim;
       const float normalizer = joined.normalizer();
       Elem* out = static_cast<Elem*>(p.out) + (p.last ? tile_.offset(row, p.out_stride) : 0);
+      const bool by_pairs = reinterpret_cast<uintptr_t>(out) % 4 == 0;  // rows may begin anywhere
       each_pair([&](int d, float low, float high) {
         low *= join.theirs, high *= join.theirs;
         if (carries) {
@@ -151,7 +152,14 @@ class Forward {
           store(acc + d, low, high);
         } else {
           const bool seen = joined.l != 0.0f;
-          store_pair(out + d, seen ? low * normalizer : 0.0f, seen ? high * normalizer : 0.0f);
+          const uint32_t pair =
+              Elem::pack(seen ? low * normalizer : 0.0f, seen ? high * normalizer : 0.0f);
+          if (by_pairs) {
+            *reinterpret_cast<uint32_t*>(out + d) = pair;
+          } else {
+            out[d].bits = static_cast<uint16_t>(pair);
+            out[d + 1].bits = static_cast<uint16_t>(pair >> 16);
+          }
         }
       });
       if (threadIdx.x % 4 != 0) return;
