@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 template <typename Elem, typename Dims>
 cudaError_t launch_forward(const ForwardCall& call, TileFor use, cudaStream_t stream) {
-  const auto start = [&]<TileFor kUse, bool kSoftcap>() {
+  const auto with = [&]<TileFor kUse, bool kSoftcap>() {
     using Tile = typename ForwardTileFor<Dims, kUse>::Tile;
     return start(forward_kernel<Elem, Tile, kSoftcap>, call.grid_size(), Tile::kThreads,
                  Tile::kSmemBytes, stream, call);
@@ -439,14 +439,14 @@ cudaError_t launch_forward(const ForwardCall& call, TileFor use, cudaStream_t st
   const bool softcap = call.params.softcap != 0.0;
   switch (use) {
     case TileFor::kFewRows:
-      return softcap ? start.template operator()<TileFor::kFewRows, true>()
-                     : start.template operator()<TileFor::kFewRows, false>();
+      return softcap ? with.template operator()<TileFor::kFewRows, true>()
+                     : with.template operator()<TileFor::kFewRows, false>();
     case TileFor::kLargeSmem:  // see tile_for()
       return softcap ? cudaErrorNotSupported
-                     : start.template operator()<TileFor::kLargeSmem, false>();
+                     : with.template operator()<TileFor::kLargeSmem, false>();
     default:
-      return softcap ? start.template operator()<TileFor::kSmallSmem, true>()
-                     : start.template operator()<TileFor::kSmallSmem, false>();
+      return softcap ? with.template operator()<TileFor::kSmallSmem, true>()
+                     : with.template operator()<TileFor::kSmallSmem, false>();
   }
 }
 
