@@ -72,16 +72,16 @@ TARGETS = {
     "join-parts": Target(
         "join_parts_kernel<BFloat16>", "forward", dims=(64, 256), rows=8, least=ROWS
     ),
-    "dq-bf16": Target("backward_dq<BFloat16, HeadDims<64, 64>, false>", "backward"),
-    "dkdv-bf16": Target("backward_keys<BFloat16, HeadDims<64, 64>, false, 3>", "backward"),
-    "dq-f16": Target("backward_dq<Float16, HeadDims<64, 64>, false>", "backward", "float16"),
-    "dkdv-f16": Target("backward_keys<Float16, HeadDims<64, 64>, false, 3>", "backward", "float16"),
+    "dq-bf16": Target("backward_dq<BFloat16, HeadDims<64, 64>, true>", "backward"),
+    "dkdv-bf16": Target("backward_keys<BFloat16, HeadDims<64, 64>, true, 3>", "backward"),
+    "dq-f16": Target("backward_dq<Float16, HeadDims<64, 64>, true>", "backward", "float16"),
+    "dkdv-f16": Target("backward_keys<Float16, HeadDims<64, 64>, true, 3>", "backward", "float16"),
     "dq-fp32": Target("backward_dq<Float32, HeadDims<64, 64>, false>", "backward", "float32"),
     "dkdv-fp32": Target(
         "backward_keys<Float32, HeadDims<64, 64>, false, 3>", "backward", "float32"
     ),
     "atomic-bf16": Target(
-        "backward_keys<BFloat16, HeadDims<64, 64>, false, 7>", "backward", environment=ATOMIC
+        "backward_keys<BFloat16, HeadDims<64, 64>, true, 7>", "backward", environment=ATOMIC
     ),
     "row-stats": Target("row_stats", "backward", "float32", least=ROWS),
     "key-ranges": Target(
@@ -90,8 +90,8 @@ TARGETS = {
         least=ROWS,
         readers=[
             f"backward_{kernel}"
-            for dims in ("BFloat16, HeadDims<64, 64>", "Float32, HeadDims<128, 128>")
-            for kernel in (f"dq<{dims}, false>", f"keys<{dims}, false, 3>")
+            for tile in ("BFloat16, HeadDims<64, 64>, true", "Float32, HeadDims<128, 128>, false")
+            for kernel in (f"dq<{tile}>", f"keys<{tile}, 3>")
         ],
     ),
     "add-parts": Target("add_parts", "backward", least=ROWS),
