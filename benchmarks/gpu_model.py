@@ -9,8 +9,9 @@ the tensor cores' peak:
     overlap  the busiest unit is the bound, everything else hides behind it
 
 The same model of FlashAttention-2's kernels as torch ships them, of which figures are published,
-is the check; benchmarks/README.md has what an H100 made of both: 14% to 30% less than serial (by
-atomics 47%), and two kernels ranked wrongly. Memory, waits at barriers and dQ's atomics are not modelled.
+is the check; benchmarks/README.md has what an H100 made of both: 14% to 30% less than serial, by
+atomics 47%, and two kernels ranked wrongly. Memory, waits at barriers and dQ's atomics are not
+modelled.
 
     make cuda
     python benchmarks/gpu_model.py
