@@ -221,6 +221,8 @@ def arguments() -> argparse.Namespace:
         if not torch.cuda.is_available():
             parser.error("expected a GPU for --device cuda, torch sees none")
         args.threads = ["1"]
+    if not args.torch and args.sdpa != "any":
+        parser.error(f"expected no --sdpa with --no-torch, which leaves torch out, got {args.sdpa}")
     if args.clock == "cpu" and (args.threads != ["1"] or args.device != "cpu"):
         parser.error("expected --threads 1 on the CPU with --clock cpu, which sees one thread")
     return args

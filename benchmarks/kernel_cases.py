@@ -145,7 +145,7 @@ class Problem:
     def torchs(self, ours: Callable[[], object], sdpa: str) -> dict[str, Callable[[], object]]:
         """torch has one fast mask; the others it takes as a dense boolean. `ours`: to compare.
 
-        None where the backend that `sdpa` names does not take the problem.
+        Empty where the backend that `sdpa` names does not take the problem.
         """
         case = self.case
         if not case.has_peer:

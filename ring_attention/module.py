@@ -125,7 +125,7 @@ class RingAttention(nn.Module):
         if plan is not None and mask is None and self.window is None:
             mask = plan.mask
         mask = self.effective_mask(mask)
-        layout = self._layout(x, layout, plan, mask)
+        held = self._layout(x, layout, plan, mask)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, S, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -133,7 +133,7 @@ class RingAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normalised(q, self.q_norm), _normalised(k, self.k_norm)
         if self.rope is not None:
-            by = turns(self._positions(x, layout), self.head_dim, self.rope, q.dtype)
+            by = turns(self._positions(x, held), self.head_dim, self.rope, q.dtype)
             q, k = turned(q, *by), turned(k, *by)
         sinks = None if self.sinks is None else self.sinks.to(state_dtype(q.dtype))
         out: Tensor = attention(
@@ -142,7 +142,7 @@ class RingAttention(nn.Module):
             v,
             mask=mask,
             group=self.group,
-            layout=None if plan is not None else layout,
+            layout=layout,
             plan=plan,
             softcap=self.softcap,
             sinks=sinks,
