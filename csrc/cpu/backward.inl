@@ -38,7 +38,6 @@ class Backward {
   using V = typename Arch::V;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
-  static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   // Whether P is worth the part of lse that its rounding to log2 units loses.
   static constexpr bool kExactLse = sizeof(Elem) == sizeof(float);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
@@ -65,6 +64,7 @@ class Backward {
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         v_units_(round_up(params.v_head_dim, Arch::kDepthStep) / kPair),
+        score_units_(params),
         width_(round_up(params.head_dim, Arch::kWidthStep)),
         v_width_(round_up(params.v_head_dim, Arch::kWidthStep)),
         pass_units_(shape.pass * shape.panel / kPair),
@@ -184,7 +184,7 @@ class Backward {
     Unit* ds_lanes;
     int64_t lanes_row;
     int64_t first_key, full_begin, full_end;
-    State scale, slope;
+    ScoreUnits<Arch> units;
   };
 
   template <bool kCapped>
@@ -205,8 +205,7 @@ class Backward {
                   .first_key = stripe,
                   .full_begin = tile_.extents[u].full_begin - from - stripe,
                   .full_end = tile_.extents[u].full_end - from - stripe,
-                  .scale = static_cast<State>(kCapped ? p_.softcap : p_.scale) * kLog2e,
-                  .slope = static_cast<State>(kCapped ? p_.scale / p_.softcap : 0.0)};
+                  .units = score_units_};
     if constexpr (kPair == 1 && !kCapped) {
       view.weights = view.p_rows;
       view.weight_row = view.row;
@@ -230,7 +229,7 @@ class Backward {
   static RA_INLINE void probability_tile(const V (&scores)[kRows][kVecs], const Panel& panel,
                                          int64_t i, int64_t lane) {
     constexpr bool kOwnWeights = kPair > 1 || kCapped;
-    const V scale = V::set(panel.scale), slope = V::set(panel.slope), one = V::set(1);
+    const V height = V::set(panel.units.height), one = V::set(1);
     const int64_t key = panel.first_key + i;
     Unit* p_rows[kRows / kPair];
     State* weights[kRows];
@@ -251,8 +250,8 @@ class Backward {
         V prob[2], score[2];
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
-          score[s] = kCapped ? tanh(scores[r + s][v] * slope) : scores[r + s][v];
-          prob[s] = score[s] * scale - lse;
+          score[s] = panel.units.template of<kCapped>(scores[r + s][v]);
+          prob[s] = (kCapped ? height * score[s] : score[s]) - lse;
           if constexpr (kExactLse) prob[s] = prob[s] - lse_low;
         }
         // P <= 1, however far the rounding of a huge score carries it.
@@ -367,6 +366,7 @@ class Backward {
 
   void load() {
     q_rows_ = load_operand(p_.q, p_.q_stride, p_.head_dim, units_, q_lanes_, q_copy_);
+    score_units_.scale_queries(q_lanes_, tile_.rows * units_);
     dout_rows_ =
         load_operand(p_.dout, p_.dout_stride, p_.v_head_dim, v_units_, dout_lanes_, dout_copy_);
     std::memset(dq_, 0, tile_.rows * width_ * sizeof *dq_);
@@ -444,10 +444,11 @@ class Backward {
   const TileShape shape_;
   const int64_t kv_head_;
   const int64_t units_, v_units_;  // of q, k and of dout, v along their head dims, as depth
+  const ScoreUnits<Arch> score_units_;
   const int64_t width_, v_width_;  // the head dims as lanes
   const int64_t pass_units_;       // the rows of a pass
   QueryTile<Arch> tile_;
-  Unit* q_lanes_;          // Q^T [panels][units][panel]
+  Unit* q_lanes_;          // Q^T [panels][units][panel], scaled
   Unit* dout_lanes_;       // dO^T [panels][v_units][panel]
   Lanes<Unit> q_rows_;     // Q [rows / pair] of width lanes
   Lanes<Unit> dout_rows_;  // dO [rows / pair] of v_width lanes

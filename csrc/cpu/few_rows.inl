@@ -28,7 +28,6 @@ class FewRows {
   static constexpr int64_t kMostRows = 16, kKeyBlock = 128;
   static constexpr int64_t kAhead = 4096;  // bytes, see bytes_ahead()
   static constexpr int64_t kKeyGroup = 4;  // keys of one step of O += P V
-  static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -255,8 +254,8 @@ class FewRows {
 
   V to_log2_units(V product) const {
     const State scale = static_cast<State>(p_.scale), cap = static_cast<State>(p_.softcap);
-    if (cap == 0) return product * V::set(scale * kLog2e);
-    return V::set(cap * kLog2e) * tanh(product * V::set(scale / cap));
+    if (cap == 0) return product * V::set(scale * static_cast<State>(kLog2e));
+    return V::set(cap * static_cast<State>(kLog2e)) * tanh(product * V::set(scale / cap));
   }
 
   void raise_reference(int64_t r, State most) {
@@ -345,7 +344,7 @@ class FewRows {
 
   void start(int64_t r) {
     if (p_.sinks == nullptr) return;
-    const State sink = static_cast<const State*>(p_.sinks)[head(r)] * kLog2e;
+    const State sink = static_cast<const State*>(p_.sinks)[head(r)] * static_cast<State>(kLog2e);
     if (sink == -kInfinity) return;
     m_[r] = sink;
     l_[r] = 1;

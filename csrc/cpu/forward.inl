@@ -41,7 +41,6 @@ class Forward {
   using V = typename Arch::V;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
-  static constexpr State kLog2e = static_cast<State>(1.44269504088896340736L);
   static constexpr State kMostSum = 0x1p24;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
@@ -76,6 +75,7 @@ class Forward {
         key_block_(shape.key_block),
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
+        score_units_(params),
         v_rows_(round_up(params.v_head_dim, Arch::kWidthStep)),
         tile_(params, shape.panel, b, kv_head),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
@@ -180,7 +180,7 @@ class Forward {
     Unit* probs;  // of the first key of the range
     int64_t row;  // of probs
     int64_t first_key, full_begin, full_end;
-    State scale, slope, height;
+    ScoreUnits<Arch> units;
 
     bool has_reference(int64_t lane, int64_t count) const {
       bool found = true;
@@ -193,7 +193,6 @@ class Forward {
 
   Panel panel_of(int64_t u, int64_t from, KeyRange<Arch> range) const {
     const int64_t panel = tile_.panel, first = from + range.begin;
-    const State cap = static_cast<State>(p_.softcap);
     return {.m = m_ + u * panel,
             .sums = block_l_,
             .low = tile_.low,
@@ -203,9 +202,7 @@ class Forward {
             .first_key = range.begin,
             .full_begin = tile_.extents[u].full_begin - first,
             .full_end = tile_.extents[u].full_end - first,
-            .scale = static_cast<State>(p_.scale) * kLog2e,
-            .slope = cap != 0 ? static_cast<State>(p_.scale) / cap : State{0},
-            .height = cap * kLog2e};
+            .units = score_units_};
   }
 
   // Careful until every lane has a reference: the first tile sees to it, if all see one of its
@@ -234,7 +231,7 @@ class Forward {
                        {q_ + u * tile_.panel * units_, tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
-                             to_log2_units<kCapped>(scores, panel);
+                             to_log2_units<kCapped>(scores, panel.units);
                              softmax_tile<kCareful>(scores, panel, begin + i, lane);
                            });
   }
@@ -303,18 +300,15 @@ class Forward {
     }
   }
 
-  // From products to scores in log2 units: scaled, or c tanh(S / c). Rounded before the reference
-  // is subtracted, so that the largest has P = 1 exactly, however large it is; the backward rounds
-  // alike, or its P would not be the forward's.
+  // From products to scores.
   template <bool kCapped, int kRows, int kVecs>
-  static RA_INLINE void to_log2_units(V (&scores)[kRows][kVecs], const Panel& panel) {
-    const V scale = V::set(panel.scale), slope = V::set(panel.slope);
-    const V height = V::set(panel.height);
+  static RA_INLINE void to_log2_units(V (&scores)[kRows][kVecs], const ScoreUnits<Arch>& units) {
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        scores[r][v] = kCapped ? height * tanh(scores[r][v] * slope) : scores[r][v] * scale;
+        scores[r][v] = units.template of<kCapped>(scores[r][v]);
+        if constexpr (kCapped) scores[r][v] = V::set(units.height) * scores[r][v];
       }
     }
   }
@@ -360,9 +354,9 @@ class Forward {
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
                              if (capped) {
-                               to_log2_units<true>(scores, panel);
+                               to_log2_units<true>(scores, panel.units);
                              } else {
-                               to_log2_units<false>(scores, panel);
+                               to_log2_units<false>(scores, panel.units);
                              }
                              maximum_tile(scores, panel, i, lane);
                            });
@@ -402,6 +396,7 @@ class Forward {
       transpose_rows<Arch>(q + u * panel, tile_.lanes(u), p_.head_dim, units_,
                            q_ + u * panel * units_, panel);
     }
+    score_units_.scale_queries(q_, tile_.rows * units_);
     std::memset(acc_, 0, tile_.rows * v_rows_ * sizeof *acc_);
     for (int64_t i = 0; i < tile_.rows; ++i) {
       m_[i] = -kInfinity;
@@ -417,7 +412,8 @@ class Forward {
       l_[i] = static_cast<const State*>(p_.l)[row];
       if (l_[i] != 0) m_[i] = static_cast<const State*>(p_.m)[row];
     } else if (p_.sinks != nullptr) {
-      const State sink = static_cast<const State*>(p_.sinks)[tile_.offset(i, {0, 1, 0})] * kLog2e;
+      const State sink = static_cast<const State*>(p_.sinks)[tile_.offset(i, {0, 1, 0})] *
+                         static_cast<State>(kLog2e);
       if (sink == -kInfinity) return;
       m_[i] = sink;
       l_[i] = 1;
@@ -465,10 +461,11 @@ class Forward {
   const ForwardParams& p_;
   const int64_t key_block_;
   const int64_t kv_head_;
-  const int64_t units_;   // of q and k along head_dim
+  const int64_t units_;  // of q and k along head_dim
+  const ScoreUnits<Arch> score_units_;
   const int64_t v_rows_;  // of O^T
   QueryTile<Arch> tile_;
-  Unit* q_;         // Q^T [panels][units][panel]
+  Unit* q_;         // Q^T [panels][units][panel], scaled
   State* acc_;      // O^T [panels][v_rows][panel]
   State* m_;        // [rows]
   State* l_;        // [rows]

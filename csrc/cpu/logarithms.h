@@ -10,6 +10,8 @@
 
 namespace ring_attention::cpu {
 
+constexpr double kLog2e = 1.44269504088896340736;
+
 // lse of a state, -inf if it saw no key.
 template <typename State>
 State log_sum_exp(State m, State l) {
@@ -23,7 +25,7 @@ struct Log2Units {
   State high, low;
 
   explicit Log2Units(State lse) {
-    const double exact = double{lse} * 1.44269504088896340736;
+    const double exact = double{lse} * kLog2e;
     high = static_cast<State>(exact);
     low = std::isfinite(high) ? static_cast<State>(exact - double{high}) : State{0};
   }

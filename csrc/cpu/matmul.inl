@@ -20,6 +20,7 @@ namespace {
 //   kMaxVecs, tile_rows(vecs)          register tiles: rows x vectors of lanes
 //   forward_shape(dim), backward_shape(dim), kMaxKeyBlock, kMaxPanel   see TileShape
 //   kExpTerms, kTransposeColumns, Session (held while a task runs)
+//   kScalesQueries: units of Q^T may be scaled when it is loaded, see ScoreUnits
 //   load_lanes, broadcast, multiply_add   the three steps of a product
 //   transpose, interleave, store_lanes, store_rows   operands, and results (of kPair rows) as these
 //   kOwnProduct: with it, own_tiles instead of the register tiles
@@ -32,7 +33,7 @@ struct MultiplyAdd {
   using V = Vector;
   static constexpr int kPair = 1, kKeyStep = 2, kDepthStep = 1, kWidthStep = V::kLanes;
   static constexpr int kExpTerms = sizeof(Elem) == 2 ? 4 : 6;
-  static constexpr bool kTransposeColumns = false, kOwnProduct = false;
+  static constexpr bool kTransposeColumns = false, kOwnProduct = false, kScalesQueries = true;
   struct Session {};
 
   // Pinned: a compiler that folds the load back into every multiply-add is bound by loads.

@@ -15,6 +15,7 @@ struct BFloat16Pairs {
   using Unit = uint32_t;
   using V = Vec512;
   static constexpr int kPair = 2, kExpTerms = 4;
+  static constexpr bool kScalesQueries = false;  // bf16 would round what the scale makes of them
 
   static RA_INLINE void transpose(const Unit* from, int64_t from_row, Unit* to, int64_t to_row) {
     transpose_units(from, from_row, to, to_row);

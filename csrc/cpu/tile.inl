@@ -159,6 +159,41 @@ RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
   return select(within(V::set(static_cast<typename V::Scalar>(key)), low, high), x, other);
 }
 
+// From products q k to scores in log2 units: scale q k log2(e), or c tanh(scale q k / c) log2(e).
+// The factor of q k is Q^T's when it is loaded (one multiplication per query, not one per score;
+// scaled queries have to be finite, as scores have), or else each product's. Products and tanh are
+// rounded before a reference is subtracted, so that the largest score's P does not depend on how
+// large it is; the forward and the backward round alike, or their P would differ.
+template <typename Arch>
+struct ScoreUnits {
+  using State = typename Arch::State;
+  using V = typename Arch::V;
+
+  State factor, height;
+
+  explicit ScoreUnits(const AttentionParams& p) {
+    constexpr State log2e = static_cast<State>(kLog2e);
+    const State scale = static_cast<State>(p.scale), cap = static_cast<State>(p.softcap);
+    factor = cap != 0 ? scale / cap : scale * log2e;
+    height = cap * log2e;
+  }
+
+  // Panels of Q^T, before any product with them.
+  void scale_queries(typename Arch::Unit* q, int64_t count) const {
+    if constexpr (Arch::kScalesQueries) {
+      for (int64_t i = 0; i < count; i += V::kLanes) {
+        (V::load(q + i) * V::set(factor)).store(q + i);
+      }
+    }
+  }
+  // A score, or with kCapped its tanh, which the caller multiplies by height.
+  template <bool kCapped>
+  RA_INLINE V of(V product) const {
+    const V score = Arch::kScalesQueries ? product : product * V::set(factor);
+    return kCapped ? tanh(score) : score;
+  }
+};
+
 // The rows of a key block that a panel touches. They lie on the grid of the register tiles, so that
 // a row's reference and sums are formed alike whatever its neighbours see.
 template <typename Arch>
