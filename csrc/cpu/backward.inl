@@ -229,7 +229,7 @@ class Backward {
   static RA_INLINE void probability_tile(const V (&scores)[kRows][kVecs], const Panel& panel,
                                          int64_t i, int64_t lane) {
     constexpr bool kOwnWeights = kPair > 1 || kCapped;
-    const V height = V::set(panel.units.height), one = V::set(1);
+    const V one = V::set(1);
     const int64_t key = panel.first_key + i;
     Unit* p_rows[kRows / kPair];
     State* weights[kRows];
@@ -251,7 +251,7 @@ class Backward {
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           score[s] = panel.units.template of<kCapped>(scores[r + s][v]);
-          prob[s] = (kCapped ? height * score[s] : score[s]) - lse;
+          prob[s] = (kCapped ? score[s] * V::set(panel.units.height) : score[s]) - lse;
           if constexpr (kExactLse) prob[s] = prob[s] - lse_low;
         }
         // P <= 1, however far the rounding of a huge score carries it.
