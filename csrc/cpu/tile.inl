@@ -189,8 +189,12 @@ struct ScoreUnits {
   // A score, or with kCapped its tanh, which the caller multiplies by height.
   template <bool kCapped>
   RA_INLINE V of(V product) const {
-    const V score = Arch::kScalesQueries ? product : product * V::set(factor);
-    return kCapped ? tanh(score) : score;
+    V score = Arch::kScalesQueries ? product : product * V::set(factor);
+    if constexpr (kCapped) {
+      pin(score);  // or g++ 12 keeps sums of AVX-512's product on the stack, see test_codegen.py
+      score = tanh(score);
+    }
+    return score;
   }
 };
 
