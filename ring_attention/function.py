@@ -58,7 +58,8 @@ def attention(
         plan: a plan made beforehand, instead of mask and layouts. One that the ranks have agreed on
             (`agree`) is posted without a check between them. Without one, what travels, K/V or
             queries, is what has fewer bytes, for each direction: plan(traveller=) overrides it.
-        scale: of q.k; 1/sqrt(D) by default.
+        scale: of q.k; 1/sqrt(D) by default. CPU kernels multiply q by it first, which has to stay
+            finite in the state's dtype (with a softcap, q scale / softcap; else q scale log2(e)).
         softcap: c > 0 replaces a score u by c tanh(u / c).
         sinks: [H] learnable logits that join every softmax of their head; float32 (float64 for
             float64 inputs). Their gradient is this rank's part of the sum over the group.

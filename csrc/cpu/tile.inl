@@ -160,10 +160,10 @@ RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
 }
 
 // From products q k to scores in log2 units: scale q k log2(e), or c tanh(scale q k / c) log2(e).
-// The factor of q k is Q^T's when it is loaded (one multiplication per query, not one per score;
-// scaled queries have to be finite, as scores have), or else each product's. Products and tanh are
-// rounded before a reference is subtracted, so that the largest score's P does not depend on how
-// large it is; the forward and the backward round alike, or their P would differ.
+// The factor of q k is Q^T's when it is loaded (one multiplication per element of Q, not one per
+// score; scaled queries have to be finite), or else each product's. Products and tanh are rounded
+// before a reference is subtracted, so that the largest score's P does not depend on how large it
+// is; the forward and the backward round alike, or their P would differ.
 template <typename Arch>
 struct ScoreUnits {
   using State = typename Arch::State;
