@@ -48,7 +48,7 @@ class Backward {
     for (int64_t i = 0; i < p.num_blocks; ++i) {
       const KVBlock& block = p.blocks[i];
       if (block.k_len == 0) continue;
-      PairSchedule schedule(p, block, shape);
+      PairSchedule schedule(p, block, shape, parallel.threads);
       schedule.run(parallel, [&](const PairSchedule::Pair& pair) {
         Backward(p, block, shape, pair.batch, pair.kv_head).fold(pair);
       });
@@ -103,9 +103,13 @@ class Backward {
         tile_.move_to(first, std::min(tile_rows, pair.row_end - first));
         tile_.see(block_, n);
         if (!tile_.extent.touches(pair.key, pair.key_end)) continue;
+        const bool last = n == block_.intervals - 1 && first + tile_rows >= pair.row_end;
         load();
         for (int64_t from = pair.key; from < pair.key_end; from += shape_.key_block) {
-          fold_keys(from, std::min(shape_.key_block, pair.key_end - from));
+          const int64_t end = std::min(from + shape_.key_block, pair.key_end);
+          pair.wait_for_keys(end);
+          if (tile_.touches(from, end - from)) fold_keys(from, end - from);
+          if (last) pair.done_with_keys(end);
         }
         write_dq();
       }
@@ -114,7 +118,6 @@ class Backward {
 
   // One key block against every panel that sees it.
   void fold_keys(int64_t from, int64_t count) {
-    if (!tile_.touches(from, count)) return;
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
     const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Note [pairs]. The backward without atomics on data: query rows and keys are cut into chunks, by
-// shape, at most n of either; step t has the pairs (query chunk (j + t) mod n, key chunk j), of
-// which no two share dq, dk or dv. A pair waits for the one before it in its query chunk and the
-// one before it in its key chunk, not for a whole step. So every sum is added in the order of
-// steps, whatever the number of threads. Pairs that see nothing of one another do not exist.
+// Note [pairs]. The backward without atomics on data. Query rows and keys are cut into chunks, by
+// shape alone; a pair is a chunk of rows against a chunk of keys. It loads its rows once for all of
+// its keys, so chunks of keys are long, and chunks of rows are a single tile while sequences are
+// short. The rows that start at key chunk j, the diagonal of the causal mask, are its followers:
+// step t has the followers of key chunk (j + t) mod n against key chunk j, one after another. The
+// next one need not wait for the whole pair before it: a pair tells how many of its keys it is done
+// with. So every sum is added in one order, whatever the number of threads. Pairs that see nothing
+// of one another do not exist.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -18,43 +22,52 @@
 namespace ring_attention::cpu {
 
 class PairSchedule {
- public:
-  struct Pair {
-    int64_t batch, kv_head;
-    int64_t row, row_end, key, key_end;
-  };
+  struct Turn;
 
-  // Chunks are multiples of a pass and of a key block.
-  PairSchedule(const AttentionParams& p, const KVBlock& block, const TileShape& shape)
-      : rows_(p, shape.panel) {
-    const int64_t problems = p.batch * p.kv_heads, rows = rows_.count();
-    row_chunk_ = chunk(problems, rows, 512, shape.panel * shape.pass);
-    key_chunk_ = chunk(problems, block.k_len, 256, shape.key_block);
-    row_chunks_ = divide_up(rows, row_chunk_);
-    const int64_t key_chunks = divide_up(block.k_len, key_chunk_);
-    const int64_t n = std::max(row_chunks_, key_chunks);
+ public:
+  class Pair;
+
+  PairSchedule(const AttentionParams& p, const KVBlock& block, const TileShape& shape, int threads)
+      : kv_heads_(p.kv_heads), k_len_(block.k_len), rows_(p, shape.panel) {
+    const int64_t tile = shape.panels * shape.panel, tiles = divide_up(rows_.count(), tile);
+    key_chunk_ = chunk_of(k_len_, std::min(k_len_ / kLeastKeys, kMostChunks), shape.key_block);
+    key_chunks_ = divide_up(k_len_, key_chunk_);
+    const bool few = tiles * key_chunks_ <= kMostPairs;
+    row_chunk_ = few ? tile : chunk_of(rows_.count(), key_chunks_, tile);
+    row_chunks_ = divide_up(rows_.count(), row_chunk_);
     const std::vector<Extent> seen = extents(block, p.batch);
-    std::vector<int32_t> row_turn(static_cast<size_t>(problems * row_chunks_));
-    std::vector<int32_t> key_turn(static_cast<size_t>(problems * key_chunks));
-    for (int64_t t = 0; t < n; ++t) {
-      for (int64_t j = 0; j < key_chunks; ++j) {
-        const int64_t i = (j + t) % n, row = i * row_chunk_, key = j * key_chunk_;
-        for (int64_t problem = 0; i < row_chunks_ && problem < problems; ++problem) {
-          const int64_t b = problem / p.kv_heads;
-          if (!seen[static_cast<size_t>(b * row_chunks_ + i)].touches(key, key + key_chunk_)) {
-            continue;
+
+    const int64_t problems = p.batch * p.kv_heads;
+    std::vector<int32_t> row_last(static_cast<size_t>(problems * row_chunks_), kNone);
+    std::vector<int32_t> key_last(static_cast<size_t>(problems * key_chunks_), kNone);
+    const auto add = [&](int64_t problem, int64_t i, int64_t j) {
+      const Extent& extent = seen[static_cast<size_t>(problem / kv_heads_ * row_chunks_ + i)];
+      if (!extent.touches(j * key_chunk_, (j + 1) * key_chunk_)) return;
+      int32_t& row_before = row_last[static_cast<size_t>(problem * row_chunks_ + i)];
+      int32_t& key_before = key_last[static_cast<size_t>(problem * key_chunks_ + j)];
+      turns_.push_back({problem, i, j, row_before, key_before});
+      row_before = key_before = static_cast<int32_t>(turns_.size() - 1);
+    };
+    // The order is free, as far as sums go. Problems at a time: twice as many chunks of rows as
+    // threads, or threads would wait for rows. Key chunks at a time: half as many as threads, as
+    // two that follow one another find K and V in the cache.
+    const int64_t together = divide_up(2 * threads, std::max<int64_t>(row_chunks_, 1));
+    const int64_t abreast = std::max(threads / 2, 1);
+    for (int64_t first = 0; first < problems; first += together) {
+      const int64_t end = std::min(first + together, problems) * key_chunks_;
+      for (int64_t t = 0; t < key_chunks_; ++t) {
+        for (int64_t from = first * key_chunks_; from < end; from += abreast) {
+          for (int64_t n = 0; n < divide_up(row_chunks_, key_chunks_); ++n) {
+            for (int64_t at = from; at < std::min(from + abreast, end); ++at) {
+              const int64_t j = at % key_chunks_, start = (j + t) % key_chunks_;
+              const int64_t i = first_follower(start) + n;
+              if (i < first_follower(start + 1)) add(at / key_chunks_, i, j);
+            }
           }
-          const auto q = static_cast<size_t>(problem * row_chunks_ + i);
-          const auto k = static_cast<size_t>(problem * key_chunks + j);
-          const Pair pair = {b,   problem % p.kv_heads,
-                             row, std::min(row + row_chunk_, rows),
-                             key, std::min(key + key_chunk_, block.k_len)};
-          turns_.push_back({pair, q, k, row_turn[q]++, key_turn[k]++});
         }
       }
     }
-    rows_done_ = std::vector<std::atomic<int32_t>>(row_turn.size());
-    keys_done_ = std::vector<std::atomic<int32_t>>(key_turn.size());
+    keys_done_ = std::vector<std::atomic<int64_t>>(turns_.size());
   }
 
   // Runs body(pair) for every pair. Pairs are taken in order, whatever the order of tasks, so what
@@ -63,40 +76,35 @@ class PairSchedule {
   void run(const Parallel& parallel, const Body& body) {
     std::atomic<size_t> next{0};
     parallel(static_cast<int64_t>(turns_.size()), [&](int64_t) {
-      const Turn& turn = turns_[next.fetch_add(1, std::memory_order_relaxed)];
-      wait(rows_done_[turn.row_chunk], turn.row_turn);
-      wait(keys_done_[turn.key_chunk], turn.key_turn);
-      const Finish finish{rows_done_[turn.row_chunk], keys_done_[turn.key_chunk]};
-      body(turn.pair);
+      const Pair pair(*this, next.fetch_add(1, std::memory_order_relaxed));
+      body(pair);
     });
   }
 
  private:
+  static constexpr int64_t kLeastKeys = 1024, kMostChunks = 32, kMostPairs = 4096;
+  static constexpr int32_t kNone = -1;
+  static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+
   struct Turn {
-    Pair pair;
-    size_t row_chunk, key_chunk;  // which counters
-    int32_t row_turn, key_turn;   // what they have to show first
+    int64_t problem, row_chunk, key_chunk;
+    int32_t row_before, key_before;  // the turns that have the same rows, the same keys before it
   };
 
-  // Also when the body throws: nobody may wait for ever.
-  struct Finish {
-    std::atomic<int32_t>&rows, &keys;
-    ~Finish() {
-      rows.fetch_add(1, std::memory_order_release);
-      keys.fetch_add(1, std::memory_order_release);
-    }
-  };
-
-  static void wait(const std::atomic<int32_t>& done, int32_t turn) {
-    while (done.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+  static int64_t chunk_of(int64_t length, int64_t chunks, int64_t multiple) {
+    return round_up(divide_up(length, std::max<int64_t>(chunks, 1)), multiple);
   }
 
-  // Up to 32 pairs at a time, as long as chunks keep `least` rows: packing costs as much as the
-  // products gain from a smaller one. Short sequences go down to half of that for 8 pairs.
-  static int64_t chunk(int64_t problems, int64_t length, int64_t least, int64_t multiple) {
-    const int64_t many = std::min(divide_up(32, problems), length / least);
-    const int64_t some = std::min(divide_up(8, problems), length / (least / 2));
-    return round_up(divide_up(length, std::max<int64_t>({many, some, 1})), multiple);
+  // The row chunks that start at a key chunk.
+  int64_t first_follower(int64_t key_chunk) const {
+    return divide_up(key_chunk * row_chunks_, key_chunks_);
+  }
+
+  // Waits until the turn is done with the keys before `end`.
+  void wait(int32_t turn, int64_t end) const {
+    if (turn == kNone) return;
+    const std::atomic<int64_t>& done = keys_done_[static_cast<size_t>(turn)];
+    while (done.load(std::memory_order_acquire) < end) std::this_thread::yield();
   }
 
   // What each query chunk sees of the block, over all intervals: [batch][row_chunks].
@@ -116,10 +124,51 @@ class PairSchedule {
     return result;
   }
 
-  QueryRows rows_;
-  int64_t row_chunk_, key_chunk_, row_chunks_;
-  std::vector<Turn> turns_;  // in the order of steps
-  std::vector<std::atomic<int32_t>> rows_done_, keys_done_;
+  const int64_t kv_heads_, k_len_;
+  const QueryRows rows_;
+  int64_t row_chunk_, key_chunk_, row_chunks_, key_chunks_;
+  std::vector<Turn> turns_;                      // in the order they are taken
+  std::vector<std::atomic<int64_t>> keys_done_;  // of each turn: all keys before this one
+};
+
+// While it exists, its rows are no other pair's.
+class PairSchedule::Pair {
+ public:
+  const int64_t batch, kv_head;
+  const int64_t row, row_end, key, key_end;
+
+  Pair(PairSchedule& schedule, size_t index)
+      : Pair(schedule, schedule.turns_[index], schedule.keys_done_[index]) {}
+  // Also when its body throws: nobody may wait for ever.
+  ~Pair() {
+    wait_for_keys(kAll);
+    done_with_keys(kAll);
+  }
+  Pair(const Pair&) = delete;
+  Pair& operator=(const Pair&) = delete;
+
+  // Waits until no pair before this one needs the keys before `end`.
+  void wait_for_keys(int64_t end) const { schedule_.wait(key_before_, end); }
+  // Hands them to the next pair; they have been waited for.
+  void done_with_keys(int64_t end) const { done_.store(end, std::memory_order_release); }
+
+ private:
+  Pair(const PairSchedule& schedule, const Turn& turn, std::atomic<int64_t>& done)
+      : batch(turn.problem / schedule.kv_heads_),
+        kv_head(turn.problem % schedule.kv_heads_),
+        row(turn.row_chunk * schedule.row_chunk_),
+        row_end(std::min(row + schedule.row_chunk_, schedule.rows_.count())),
+        key(turn.key_chunk * schedule.key_chunk_),
+        key_end(std::min(key + schedule.key_chunk_, schedule.k_len_)),
+        schedule_(schedule),
+        key_before_(turn.key_before),
+        done_(done) {
+    schedule.wait(turn.row_before, kAll);
+  }
+
+  const PairSchedule& schedule_;
+  const int32_t key_before_;
+  std::atomic<int64_t>& done_;
 };
 
 }  // namespace ring_attention::cpu
