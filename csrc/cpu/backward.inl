@@ -40,6 +40,7 @@ class Backward {
   static constexpr int kPair = Arch::kPair;
   // Whether P is worth the part of lse that its rounding to log2 units loses.
   static constexpr bool kExactLse = sizeof(Elem) == sizeof(float);
+  static constexpr int64_t kMaxPass = 8;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
  public:
@@ -334,35 +335,42 @@ class Backward {
                         dq_ + u * width_ * panel, panel);
   }
 
-  // dV += P^T dO and dK += dS^T Q over the rows of a pass: panels that see the same keys at once.
+  // dV += P^T dO and dK += dS^T Q over the rows of a pass. Where what its panels see begins or ends
+  // in steps, so do the sums: over all panels that see some keys, neighbours at once.
   void accumulate_keys(int64_t pass, int64_t pass_end, int64_t from, const KeyBlock<Arch>& keys) {
-    const auto range_of = [&](int64_t u) {
-      return KeyRange<Arch>(tile_.extents[u], from, keys.padded, tile_.lanes(u));
-    };
-    const auto touches = [&](int64_t u) {
-      return tile_.extents[u].touches(from, from + keys.count);
-    };
-    for (int64_t u = pass; u < pass_end;) {
-      if (!touches(u)) {
-        ++u;
-        continue;
-      }
-      const KeyRange<Arch> range = range_of(u);
-      int64_t end = u + 1;
-      while (end < pass_end && tile_.lanes(end - 1) == tile_.panel && touches(end) &&
-             range_of(end) == range) {
-        ++end;
-      }
-      const int64_t rows = (end - 1 - u) * tile_.panel + tile_.lanes(end - 1);
-      const int64_t first = u * tile_.panel / kPair;
-      const int64_t at = range.sum_begin * pass_units_ + pass_column(u);
-      multiply_into<Arch>(range.sum_count(), v_width_, rows / kPair, {p_rows_ + at, pass_units_, 1},
-                          dout_rows_.from(first), dv_ + range.sum_begin * v_width_, v_width_);
-      multiply_into<Arch>(range.sum_count(), width_, rows / kPair, {ds_rows_ + at, pass_units_, 1},
-                          q_rows_.from(first), dk_ + range.sum_begin * width_, width_,
-                          static_cast<State>(p_.scale));
-      u = end;
+    int64_t begins[kMaxPass], ends[kMaxPass], steps[2 * kMaxPass], count = 0;
+    for (int64_t u = pass; u < pass_end; ++u) {
+      begins[u - pass] = ends[u - pass] = 0;
+      if (!tile_.extents[u].touches(from, from + keys.count)) continue;
+      const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
+      steps[count++] = begins[u - pass] = range.sum_begin;
+      steps[count++] = ends[u - pass] = range.sum_end;
     }
+    std::sort(steps, steps + count);
+    count = std::unique(steps, steps + count) - steps;
+    for (int64_t i = 0; i + 1 < count; ++i) {
+      const auto sees = [&](int64_t u) {
+        return begins[u - pass] <= steps[i] && steps[i] < ends[u - pass];
+      };
+      for (int64_t u = pass, end; u < pass_end; u = end) {
+        end = u + 1;
+        if (!sees(u)) continue;
+        while (end < pass_end && tile_.lanes(end - 1) == tile_.panel && sees(end)) ++end;
+        accumulate_keys_of(u, end, steps[i], steps[i + 1]);
+      }
+    }
+  }
+
+  // The same over the rows of the panels [u, end), of the keys [begin, key_end).
+  void accumulate_keys_of(int64_t u, int64_t end, int64_t begin, int64_t key_end) {
+    const int64_t rows = (end - 1 - u) * tile_.panel + tile_.lanes(end - 1);
+    const int64_t first = u * tile_.panel / kPair;
+    const int64_t at = begin * pass_units_ + pass_column(u);
+    multiply_into<Arch>(key_end - begin, v_width_, rows / kPair, {p_rows_ + at, pass_units_, 1},
+                        dout_rows_.from(first), dv_ + begin * v_width_, v_width_);
+    multiply_into<Arch>(key_end - begin, width_, rows / kPair, {ds_rows_ + at, pass_units_, 1},
+                        q_rows_.from(first), dk_ + begin * width_, width_,
+                        static_cast<State>(p_.scale));
   }
 
   // ---- load and write
