@@ -78,12 +78,13 @@ class Rank:
         seconds = median([exchange(lambda: 0.0)[0] for _ in range(8)][1:])
         # Folds that end before the messages do.
         folds = max(1, round(0.6 * seconds / median(self._folds(1) for _ in range(16))))
-        slowed = []
+        slowed, beside = [], []
         for _ in range(32):
-            beside_s = exchange(lambda: self._folds(folds))[1]
+            exchange_s, folds_s = exchange(lambda: self._folds(folds))
             self._start_together()
-            slowed.append(1 - self._folds(folds) / beside_s)
-        taken_s = max(0.0, median(slowed)) * seconds
+            slowed.append(1 - self._folds(folds) / folds_s)
+            beside.append(exchange_s)
+        taken_s = max(0.0, median(slowed)) * median(beside)
         return {"bytes_s": nbytes / seconds, "taken_s_per_byte": taken_s / (2 * nbytes)}
 
     def _folds(self, count: int) -> float:

@@ -3,8 +3,8 @@
 // The backward kernel, five products without atomics. One task is a pair of chunks, query rows
 // against keys, see Note [pairs]:
 //
-//   for each interval, tile of the query chunk:
-//     load the tile: Q^T, dO^T; Q, dO; lse, delta
+//   load the rows, a tile: Q^T, dO^T; Q, dO; lse, delta
+//   for each interval:
 //     for each key block of the key chunk that the tile sees:
 //       K and V as they are, K's columns
 //       for each pass, a few panels of the tile that see the key block:
@@ -14,7 +14,7 @@
 //           dQ^T += K^T dS^T
 //         dV += P^T dO;  dK += dS^T Q
 //       write: add dK, dV to the tensors
-//     write: add dQ to the tensor
+//   write: add dQ to the tensor
 //
 // The orientation is the forward's: keys are rows, queries are lanes, P and dS are formed of sums
 // that are still in registers. The softcap's derivative multiplies dS; the scale multiplies dQ and
@@ -46,6 +46,8 @@ class Backward {
  public:
   static void run(const BackwardParams& p, const Parallel& parallel) {
     const TileShape shape = Arch::backward_shape(std::max(p.head_dim, p.v_head_dim));
+    static_assert(Arch::backward_shape(1).pass <= kMaxPass);
+    static_assert(Arch::backward_shape(kMaxHeadDim).pass <= kMaxPass);
     for (int64_t i = 0; i < p.num_blocks; ++i) {
       const KVBlock& block = p.blocks[i];
       if (block.k_len == 0) continue;
@@ -98,23 +100,26 @@ class Backward {
 
   void fold(const PairSchedule::Pair& pair) {
     [[maybe_unused]] const typename Arch::Session session;
-    const int64_t tile_rows = shape_.panels * tile_.panel;
-    for (int64_t n = 0; n < block_.intervals; ++n) {
-      for (int64_t first = pair.row; first < pair.row_end; first += tile_rows) {
-        tile_.move_to(first, std::min(tile_rows, pair.row_end - first));
-        tile_.see(block_, n);
-        if (!tile_.extent.touches(pair.key, pair.key_end)) continue;
-        const bool last = n == block_.intervals - 1 && first + tile_rows >= pair.row_end;
-        load();
-        for (int64_t from = pair.key; from < pair.key_end; from += shape_.key_block) {
-          const int64_t end = std::min(from + shape_.key_block, pair.key_end);
+    tile_.move_to(pair.row, pair.row_end - pair.row);
+    load();
+    const auto sees = [&](int64_t n) {
+      tile_.see(block_, n);
+      return tile_.extent.touches(pair.key, pair.key_end);
+    };
+    int64_t last = block_.intervals - 1;
+    while (last > 0 && !sees(last)) --last;
+    for (int64_t n = 0; n <= last; ++n) {
+      if (!sees(n)) continue;
+      for (int64_t from = pair.key; from < pair.key_end; from += shape_.key_block) {
+        const int64_t end = std::min(from + shape_.key_block, pair.key_end);
+        if (tile_.touches(from, end - from)) {
           pair.wait_for_keys(end);
-          if (tile_.touches(from, end - from)) fold_keys(from, end - from);
-          if (last) pair.done_with_keys(end);
+          fold_keys(from, end - from);
         }
-        write_dq();
+        if (n == last) pair.done_with_keys(end);
       }
     }
+    write_dq();
   }
 
   // One key block against every panel that sees it.

@@ -2,12 +2,12 @@
 //
 // Note [pairs]. The backward without atomics on data. Query rows and keys are cut into chunks, by
 // shape alone; a pair is a chunk of rows against a chunk of keys. It loads its rows once for all of
-// its keys, so chunks of keys are long, and chunks of rows are a single tile while sequences are
-// short. The rows that start at key chunk j, the diagonal of the causal mask, are its followers:
-// step t has the followers of key chunk (j + t) mod n against key chunk j, one after another. The
-// next one need not wait for the whole pair before it: a pair tells how many of its keys it is done
-// with. So every sum is added in one order, whatever the number of threads. Pairs that see nothing
-// of one another do not exist.
+// its keys, so chunks of keys are long, and a chunk of rows is a tile, or less where those are few.
+// The rows that start at key chunk j (where heads are not shared, by the diagonal) are its
+// followers: step t has the followers of key chunk (j + t) mod n against key chunk j, one after
+// another. The next one need not wait for the whole pair before it: a pair tells how many of its
+// keys it is done with. So every sum is added in one order, whatever the number of threads. Pairs
+// that see nothing of one another do not exist; those that do take 28 bytes, at most 32 for a tile.
 #pragma once
 
 #include <algorithm>
@@ -22,37 +22,42 @@
 namespace ring_attention::cpu {
 
 class PairSchedule {
-  struct Turn;
-
  public:
   class Pair;
 
   PairSchedule(const AttentionParams& p, const KVBlock& block, const TileShape& shape, int threads)
       : kv_heads_(p.kv_heads), k_len_(block.k_len), rows_(p, shape.panel) {
-    const int64_t tile = shape.panels * shape.panel, tiles = divide_up(rows_.count(), tile);
+    const int64_t problems = p.batch * p.kv_heads, rows = rows_.count();
+    row_chunk_ =
+        std::min(shape.panels * shape.panel,
+                 chunk_of(rows, divide_up(kLeastChunks, problems), shape.panel * shape.pass));
+    row_chunks_ = divide_up(rows, row_chunk_);
     key_chunk_ = chunk_of(k_len_, std::min(k_len_ / kLeastKeys, kMostChunks), shape.key_block);
     key_chunks_ = divide_up(k_len_, key_chunk_);
-    const bool few = tiles * key_chunks_ <= kMostPairs;
-    row_chunk_ = few ? tile : chunk_of(rows_.count(), key_chunks_, tile);
-    row_chunks_ = divide_up(rows_.count(), row_chunk_);
     const std::vector<Extent> seen = extents(block, p.batch);
 
-    const int64_t problems = p.batch * p.kv_heads;
     std::vector<int32_t> row_last(static_cast<size_t>(problems * row_chunks_), kNone);
     std::vector<int32_t> key_last(static_cast<size_t>(problems * key_chunks_), kNone);
     const auto add = [&](int64_t problem, int64_t i, int64_t j) {
-      const Extent& extent = seen[static_cast<size_t>(problem / kv_heads_ * row_chunks_ + i)];
-      if (!extent.touches(j * key_chunk_, (j + 1) * key_chunk_)) return;
+      bool touches = false;
+      for (int64_t n = 0; n < block.intervals; ++n) {
+        const int64_t at = (n * p.batch + problem / kv_heads_) * row_chunks_ + i;
+        const Extent& extent = seen[static_cast<size_t>(at)];
+        touches |= extent.touches(j * key_chunk_, (j + 1) * key_chunk_);
+      }
+      if (!touches) return;
       int32_t& row_before = row_last[static_cast<size_t>(problem * row_chunks_ + i)];
       int32_t& key_before = key_last[static_cast<size_t>(problem * key_chunks_ + j)];
-      turns_.push_back({problem, i, j, row_before, key_before});
+      turns_.push_back({static_cast<int32_t>(problem), static_cast<int32_t>(i),
+                        static_cast<int32_t>(j), row_before, key_before});
       row_before = key_before = static_cast<int32_t>(turns_.size() - 1);
     };
-    // The order is free, as far as sums go. Problems at a time: twice as many chunks of rows as
-    // threads, or threads would wait for rows. Key chunks at a time: half as many as threads, as
-    // two that follow one another find K and V in the cache.
-    const int64_t together = divide_up(2 * threads, std::max<int64_t>(row_chunks_, 1));
+    // The order is free, as far as sums go. Key chunks at a time: half as many as threads, as two
+    // that follow one another find K and V in the cache. Problems at a time: enough for that, and
+    // for twice as many chunks of rows as threads, or threads would wait for rows.
     const int64_t abreast = std::max(threads / 2, 1);
+    const int64_t together =
+        std::max(divide_up(2 * threads, row_chunks_), divide_up(abreast, key_chunks_));
     for (int64_t first = 0; first < problems; first += together) {
       const int64_t end = std::min(first + together, problems) * key_chunks_;
       for (int64_t t = 0; t < key_chunks_; ++t) {
@@ -82,12 +87,12 @@ class PairSchedule {
   }
 
  private:
-  static constexpr int64_t kLeastKeys = 1024, kMostChunks = 32, kMostPairs = 4096;
+  static constexpr int64_t kLeastKeys = 1024, kMostChunks = 32, kLeastChunks = 8;
   static constexpr int32_t kNone = -1;
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
 
   struct Turn {
-    int64_t problem, row_chunk, key_chunk;
+    int32_t problem, row_chunk, key_chunk;
     int32_t row_before, key_before;  // the turns that have the same rows, the same keys before it
   };
 
@@ -107,16 +112,16 @@ class PairSchedule {
     while (done.load(std::memory_order_acquire) < end) std::this_thread::yield();
   }
 
-  // What each query chunk sees of the block, over all intervals: [batch][row_chunks].
+  // What each chunk of rows sees of the block: [intervals][batch][row_chunks].
   std::vector<Extent> extents(const KVBlock& block, int64_t batch) const {
-    std::vector<Extent> result(static_cast<size_t>(batch * row_chunks_));
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t n = 0; n < block.intervals; ++n) {
+    std::vector<Extent> result(static_cast<size_t>(block.intervals * batch * row_chunks_));
+    for (int64_t n = 0; n < block.intervals; ++n) {
+      for (int64_t b = 0; b < batch; ++b) {
         for (int64_t i = 0; i < rows_.q_len; ++i) {
           const Interval seen = interval_of(block, n, b, i);
           for (int64_t row = i; row < rows_.count(); row += rows_.head_rows) {
-            result[static_cast<size_t>(b * row_chunks_ + row / row_chunk_)].add(seen.begin,
-                                                                                seen.end);
+            const int64_t at = (n * batch + b) * row_chunks_ + row / row_chunk_;
+            result[static_cast<size_t>(at)].add(seen.begin, seen.end);
           }
         }
       }
@@ -140,17 +145,17 @@ class PairSchedule::Pair {
   Pair(PairSchedule& schedule, size_t index)
       : Pair(schedule, schedule.turns_[index], schedule.keys_done_[index]) {}
   // Also when its body throws: nobody may wait for ever.
-  ~Pair() {
-    wait_for_keys(kAll);
-    done_with_keys(kAll);
-  }
+  ~Pair() { done_with_keys(kAll); }
   Pair(const Pair&) = delete;
   Pair& operator=(const Pair&) = delete;
 
   // Waits until no pair before this one needs the keys before `end`.
   void wait_for_keys(int64_t end) const { schedule_.wait(key_before_, end); }
-  // Hands them to the next pair; they have been waited for.
-  void done_with_keys(int64_t end) const { done_.store(end, std::memory_order_release); }
+  // Hands them to the next pair.
+  void done_with_keys(int64_t end) const {
+    wait_for_keys(end);
+    done_.store(end, std::memory_order_release);
+  }
 
  private:
   Pair(const PairSchedule& schedule, const Turn& turn, std::atomic<int64_t>& done)

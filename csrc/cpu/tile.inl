@@ -216,7 +216,6 @@ struct KeyRange {
     sum_begin = std::max<int64_t>(extent.begin - from, 0) / kStep * kStep;
     sum_end = std::min(round_up(extent.end - from, kStep), padded);
   }
-  bool operator==(const KeyRange&) const = default;
   int64_t count() const { return end - begin; }
   int64_t sum_count() const { return sum_end - sum_begin; }
 };
