@@ -17,10 +17,10 @@ HIDDEN = 0.03
 
 @dataclass(frozen=True)
 class Shaped:
-    """A link: payload in one direction, and seconds that folds lose per byte sent or received."""
+    """A link: payload in one direction, and CPU seconds per byte sent or received."""
 
     bytes_s: float
-    taken_s_per_byte: float
+    cpu_s_per_byte: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Hop:
 
     def over(self, link: Shaped) -> float:
         """Seconds on a link, less what moving the bytes adds to the folds that hide it."""
-        return self.nbytes / link.bytes_s - self.moved * link.taken_s_per_byte
+        return self.nbytes / link.bytes_s - self.moved * link.cpu_s_per_byte
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def simulated(row: dict[str, Any], point: Measured, link: Shaped) -> float:
     pairs = sum(sum(ra.plan(mask, layout, rank=r).flops) for r in range(row["ranks"]))
     flops = shapes.flops_per_pair * pairs / row["ranks"] * (2.5 if backward else 1.0)
     rate = {dtype: flops / point.folding_s}
-    device = ra.Device("measured", rate, rate, 1e12, 1e15, cpu_s_per_byte=link.taken_s_per_byte)
+    device = ra.Device("measured", rate, rate, 1e12, 1e15, cpu_s_per_byte=link.cpu_s_per_byte)
     machine = ra.Machine(device, ra.Link("shaped", link.bytes_s))
     made = ra.predict(mask, layout, shapes, machine, generator="direct", traveller="kv")
     phase = made.backward if backward else made.forward

@@ -17,9 +17,8 @@ something else on the machine held up.
 Predicted is the shard from which every hop is hidden behind the folds that hide it. A hop carries
 bytes like c, tokens per rank, and its folds take time like c^2, so a call without messages says of
 which c that holds: c times what the hop that needs most would take over its folds. A link carries W
-bytes/s in one direction, and moving a byte takes time from the folds, which hides as much: measured
-before, by messages of one size beside nothing, and beside small folds. For whole blocks that is the
-planner's closed form,
+bytes/s in one direction, and moving a byte takes CPU time from the folds (theft), which hides as
+much; both are measured on idle links. For whole blocks that is the planner's closed form,
 
     forward   c >= (G/H) (e/2) F (1/W - 2s)     e bytes per element of K/V, F useful FLOP/s of a
     backward  c >= (G/H) (e+4)/5 F (1/W - 2s)   rank's folds, s seconds taken per byte sent or

@@ -59,41 +59,22 @@ class Rank:
     def link(self, nbytes: int) -> dict[str, float]:
         """Bytes/s to the next rank while as many come from the one before, after a pause.
 
-        And seconds per byte sent or received that this takes from folds meanwhile.
+        And CPU seconds per byte sent or received.
         """
         out, into = (torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2))
-
-        def exchange(meanwhile: Callable[[], float]) -> tuple[float, float]:
+        rates, taken = [], []
+        for _ in range(8):
             self._start_together()
-            start_s = time.monotonic()
+            start_s, cpu_s = time.monotonic(), time.process_time()
             works = [
                 dist.irecv(into, (self.rank - 1) % self.size),
                 dist.isend(out, (self.rank + 1) % self.size),
             ]
-            result = meanwhile()
             for work in works:
                 work.wait()
-            return time.monotonic() - start_s, result
-
-        seconds = median([exchange(lambda: 0.0)[0] for _ in range(8)][1:])
-        # Folds that end before the messages do.
-        folds = max(1, round(0.6 * seconds / median(self._folds(1) for _ in range(16))))
-        slowed, beside = [], []
-        for _ in range(32):
-            exchange_s, folds_s = exchange(lambda: self._folds(folds))
-            self._start_together()
-            slowed.append(1 - self._folds(folds) / folds_s)
-            beside.append(exchange_s)
-        taken_s = max(0.0, median(slowed)) * median(beside)
-        return {"bytes_s": nbytes / seconds, "taken_s_per_byte": taken_s / (2 * nbytes)}
-
-    def _folds(self, count: int) -> float:
-        """Seconds for a few folds of this rank's own, of 512 queries against as many keys."""
-        x = torch.ones(1, 1, 512, self.shape.head_dim, dtype=DTYPES[self.shape.dtype])
-        start_s = time.monotonic()
-        for _ in range(count):
-            ra.attention(x, x, x)
-        return time.monotonic() - start_s
+            rates.append(nbytes / (time.monotonic() - start_s))
+            taken.append((time.process_time() - cpu_s) / (2 * nbytes))
+        return {"bytes_s": median(rates[1:]), "cpu_s_per_byte": median(taken[1:])}
 
     def _call(self, mask: str, tokens: int, direction: str) -> Callable[[], Any]:
         shape, layout = self.shape, ra.Zigzag(tokens * self.size, self.size)

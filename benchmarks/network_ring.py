@@ -49,7 +49,7 @@ class Ring:
         """Shapes the links; what the slowest carries then, of payload, and what that takes."""
         self.links.shape(mbit)
         answers = self.ask("link", nbytes=int(mbit * 1e6 / 8 * 0.06))
-        taken = mean(answer["taken_s_per_byte"] for answer in answers)
+        taken = mean(answer["cpu_s_per_byte"] for answer in answers)
         return Shaped(min(answer["bytes_s"] for answer in answers), taken)
 
     def run(

@@ -52,6 +52,17 @@ class PairSchedule {
                         static_cast<int32_t>(j), row_before, key_before});
       row_before = key_before = static_cast<int32_t>(turns_.size() - 1);
     };
+    // Step t of the key chunks [from, end), counted over problems: the first follower of each, then
+    // the next one of each.
+    const auto add_abreast = [&](int64_t t, int64_t from, int64_t end) {
+      for (int64_t n = 0; n < divide_up(row_chunks_, key_chunks_); ++n) {
+        for (int64_t at = from; at < end; ++at) {
+          const int64_t j = at % key_chunks_, start = (j + t) % key_chunks_;
+          const int64_t i = first_follower(start) + n;
+          if (i < first_follower(start + 1)) add(at / key_chunks_, i, j);
+        }
+      }
+    };
     // The order is free, as far as sums go. Key chunks at a time: half as many as threads, as two
     // that follow one another find K and V in the cache. Problems at a time: enough for that, and
     // for twice as many chunks of rows as threads, or threads would wait for rows.
@@ -62,13 +73,7 @@ class PairSchedule {
       const int64_t end = std::min(first + together, problems) * key_chunks_;
       for (int64_t t = 0; t < key_chunks_; ++t) {
         for (int64_t from = first * key_chunks_; from < end; from += abreast) {
-          for (int64_t n = 0; n < divide_up(row_chunks_, key_chunks_); ++n) {
-            for (int64_t at = from; at < std::min(from + abreast, end); ++at) {
-              const int64_t j = at % key_chunks_, start = (j + t) % key_chunks_;
-              const int64_t i = first_follower(start) + n;
-              if (i < first_follower(start + 1)) add(at / key_chunks_, i, j);
-            }
-          }
+          add_abreast(t, from, std::min(from + abreast, end));
         }
       }
     }
@@ -87,7 +92,9 @@ class PairSchedule {
   }
 
  private:
-  static constexpr int64_t kLeastKeys = 1024, kMostChunks = 32, kLeastChunks = 8;
+  static constexpr int64_t kLeastKeys = 1024;  // of a chunk: what loading rows costs is small then
+  static constexpr int64_t kMostChunks = 32;   // of keys
+  static constexpr int64_t kLeastChunks = 8;   // of rows, over all problems, of a pass or more
   static constexpr int32_t kNone = -1;
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
 
