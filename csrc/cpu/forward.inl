@@ -41,6 +41,7 @@ class Forward {
   using V = typename Arch::V;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
+  static constexpr int64_t kTasks = 16;  // for all threads to work
   static constexpr State kMostSum = 0x1p24;
   static constexpr State kInfinity = std::numeric_limits<State>::infinity();
 
@@ -51,9 +52,11 @@ class Forward {
     const int64_t rows = QueryRows(p, shape.panel).count(), problems = p.batch * p.kv_heads;
     const int64_t panels = problems * divide_up(rows, shape.panel);
     // As many panels as share what is read and packed of a key block, but few enough for all
-    // threads to work: on tiles, or on parts of the keys.
+    // threads to work: on tiles, or on parts of the keys, whose states have to be combined.
     const int64_t tasks = panels * KeyParts::most(p, shape.key_block);
-    const int64_t tile_rows = shape.panel * std::clamp<int64_t>(tasks / 16, 1, shape.panels);
+    const int64_t tile_rows =
+        shape.panel * std::max(std::clamp<int64_t>(panels / kTasks, 1, shape.panels),
+                               std::clamp<int64_t>(tasks / kTasks, 1, shape.least_panels));
     const int64_t tiles = divide_up(rows, tile_rows);
     KeyParts parts(p, shape.key_block, problems * tiles);
     parallel(problems * tiles * parts.count(), [&](int64_t task) {
@@ -135,6 +138,7 @@ class Forward {
     keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, begin, end,
              unseen);
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
+    announce(block, from + key_block_);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
       const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
@@ -145,6 +149,17 @@ class Forward {
       softmax(u, k, from, range);
       accumulate(u, v, range);
     }
+  }
+
+  // What the tile sees of the key block at `from` is the next to be read.
+  void announce(const KVBlock& block, int64_t from) {
+    next_.clear();
+    if (from >= tile_.extent.end) return;
+    constexpr int64_t kBytes = sizeof(Elem);
+    next_.add(first_row(block.k, block.k_stride, from), block.k_stride.row * kBytes,
+              p_.head_dim * kBytes);
+    next_.add(first_row(block.v, block.v_stride, from), block.v_stride.row * kBytes,
+              p_.v_head_dim * kBytes);
   }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {
@@ -227,13 +242,16 @@ class Forward {
   template <bool kCapped, bool kCareful>
   __attribute__((noinline)) void fold_scores(int64_t u, Operand<Unit> keys, Panel panel,
                                              int64_t begin, int64_t end) {
-    for_tiles<Arch, 2>(end - begin, tile_.lanes(u), units_, keys,
-                       {q_ + u * tile_.panel * units_, tile_.panel},
-                       [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
-                           __attribute__((always_inline)) {
-                             to_log2_units<kCapped>(scores, panel.units);
-                             softmax_tile<kCareful>(scores, panel, begin + i, lane);
-                           });
+    for_tiles<Arch, 2>(
+        end - begin, tile_.lanes(u), units_, keys, {q_ + u * tile_.panel * units_, tile_.panel},
+        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
+            __attribute__((always_inline)) {
+              to_log2_units<kCapped>(scores, panel.units);
+              softmax_tile<kCareful>(scores, panel, begin + i, lane);
+            },
+        [&]<int kRows, int kVecs>(int64_t i, int64_t) __attribute__((always_inline)) {
+          next_.template fetch<kRows>(panel.first_key + begin + i, u, tile_.panels());
+        });
   }
 
   // P and its sums from one tile of scores. With kCareful some lane may not see some key,
@@ -465,6 +483,7 @@ class Forward {
   const ScoreUnits<Arch> score_units_;
   const int64_t v_rows_;  // of O^T
   QueryTile<Arch> tile_;
+  NextKeys next_;
   Unit* q_;         // Q^T [panels][units][panel], scaled
   State* acc_;      // O^T [panels][v_rows][panel]
   State* m_;        // [rows]

@@ -53,7 +53,7 @@ struct AmxArch : BFloat16Pairs {
   static constexpr int tile_rows(int) { return 32; }
   static constexpr int64_t kMaxKeyBlock = 256, kMaxPanel = 128;
   static constexpr TileShape forward_shape(int64_t dim) {
-    return {.panel = dim <= 128 ? 128 : 64, .key_block = 256, .panels = 4};
+    return {.panel = dim <= 128 ? 128 : 64, .key_block = 256, .panels = 4, .least_panels = 4};
   }
   static constexpr TileShape backward_shape(int64_t dim) {
     if (dim <= 128) return {.panel = 128, .key_block = 128, .panels = 4, .pass = 1, .stripe = 32};

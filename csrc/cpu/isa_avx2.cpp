@@ -30,7 +30,7 @@ struct Avx2Arch : MultiplyAdd<Elem, Vec256> {
   static constexpr int tile_rows(int vecs) { return vecs == 2 ? 6 : 8; }
   static constexpr int64_t kMaxKeyBlock = 144, kMaxPanel = 16;
   static constexpr TileShape forward_shape(int64_t) {
-    return {.panel = 16, .key_block = 144, .panels = 32};
+    return {.panel = 16, .key_block = 144, .panels = 32, .least_panels = 16};
   }
   static constexpr TileShape backward_shape(int64_t) {
     return {.panel = 16, .key_block = 96, .panels = 8, .pass = 4, .stripe = 96};

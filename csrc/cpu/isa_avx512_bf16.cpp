@@ -32,7 +32,7 @@ struct Bf16DotArch : BFloat16Pairs {
   static constexpr int tile_rows(int vecs) { return vecs == 1 ? 8 : 6; }
   static constexpr int64_t kMaxKeyBlock = 192, kMaxPanel = 64;
   static constexpr TileShape forward_shape(int64_t) {
-    return {.panel = 64, .key_block = 192, .panels = 4};
+    return {.panel = 64, .key_block = 192, .panels = 4, .least_panels = 4};
   }
   static constexpr TileShape backward_shape(int64_t) {
     return {.panel = 64, .key_block = 96, .panels = 4, .pass = 2, .stripe = 24};

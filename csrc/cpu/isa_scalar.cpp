@@ -17,7 +17,7 @@ struct ScalarArch : MultiplyAdd<Elem, Vec<StateOf<Elem>>> {
   static constexpr int tile_rows(int) { return 4; }
   static constexpr int64_t kMaxKeyBlock = 64, kMaxPanel = 16;
   static constexpr TileShape forward_shape(int64_t) {
-    return {.panel = 16, .key_block = 64, .panels = 8};
+    return {.panel = 16, .key_block = 64, .panels = 8, .least_panels = 8};
   }
   static constexpr TileShape backward_shape(int64_t) {
     return {.panel = 16, .key_block = 64, .panels = 8, .pass = 4, .stripe = 64};

@@ -88,16 +88,18 @@ class Scratch {
 // panel units) are read once per row tile and should stay in half of the L1 cache, the rest of a
 // pass in the L2 cache. Key blocks are multiples of the register tile's rows.
 struct TileShape {
-  int64_t panel;       // query rows that are the lanes of one product
-  int64_t key_block;   // keys of one pass
-  int64_t panels;      // panels that share the packing of a key block
-  int64_t pass = 1;    // backward: panels whose rows one sum of dK and dV takes
-  int64_t stripe = 0;  // backward: keys whose S and dP are formed in turn
+  int64_t panel;             // query rows that are the lanes of one product
+  int64_t key_block;         // keys of one pass
+  int64_t panels;            // panels that share the packing of a key block
+  int64_t least_panels = 1;  // forward: but no fewer, if that takes parts of the keys as tasks
+  int64_t pass = 1;          // backward: panels whose rows one sum of dK and dV takes
+  int64_t stripe = 0;        // backward: keys whose S and dP are formed in turn
 };
 
 // Note [rows]. The query rows of one problem are those of all heads that share a K/V head, so that
 // K and V are read once for the group, and few queries (decoding) still fill vectors. They are
-// numbered head by head; where a head fills panels of its own, it starts a new one.
+// numbered head by head; where a head fills panels of its own, it starts a new one, and the rows
+// beyond its last query are padding: computed, never read or written.
 struct QueryRows {
   int64_t group, q_len, head_rows;
 
@@ -109,8 +111,6 @@ struct QueryRows {
   int64_t count() const { return group * head_rows; }
   int64_t head(int64_t row) const { return row / head_rows; }  // within the group
   int64_t index(int64_t row) const { return row % head_rows; }
-  // Rows beyond the last query of a head are padding: computed, never read or written.
-  bool real(int64_t row) const { return row < count() && index(row) < q_len; }
 };
 
 // What a run of query rows sees of a K/V block: the union and the intersection of its intervals.

@@ -75,32 +75,21 @@ RA_INLINE Vec256 scale_by_power(Vec256 x, Vec256 n) {
   return {_mm256_mul_ps(x.raw, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
 }
 
-// Two vectors in step. One chain of dependent instructions after the other would fill the
-// scheduler, and the multiply-adds behind them would have to wait.
-struct TwoVec256 {
-  Vec256 a, b;
-
-  static RA_INLINE TwoVec256 set(float x) { return {Vec256::set(x), Vec256::set(x)}; }
-};
-RA_INLINE TwoVec256 operator-(TwoVec256 x, TwoVec256 y) { return {x.a - y.a, x.b - y.b}; }
-RA_INLINE TwoVec256 fma(TwoVec256 x, TwoVec256 y, TwoVec256 z) {
-  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)};
-}
 // NaN passes.
 RA_INLINE Vec256 bounded(Vec256 x, Vec256 low, Vec256 high) {
   return {_mm256_min_ps(high.raw, _mm256_max_ps(low.raw, x.raw))};
 }
-RA_INLINE TwoVec256 bounded(TwoVec256 x, TwoVec256 low, TwoVec256 high) {
+RA_INLINE Two<Vec256> bounded(Two<Vec256> x, Two<Vec256> low, Two<Vec256> high) {
   return {bounded(x.a, low.a, high.a), bounded(x.b, low.b, high.b)};
 }
-RA_INLINE TwoVec256 nearest(TwoVec256 x) { return {nearest(x.a), nearest(x.b)}; }
+RA_INLINE Two<Vec256> nearest(Two<Vec256> x) { return {nearest(x.a), nearest(x.b)}; }
 // x 2^n by an addition to its exponent. Below the normal numbers it is good to 2^-126, and n = -127
 // makes exactly 0 of 1.
 RA_INLINE Vec256 add_to_exponent(Vec256 x, Vec256 n) {
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.raw), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.raw), power))};
 }
-RA_INLINE TwoVec256 add_to_exponent(TwoVec256 x, TwoVec256 n) {
+RA_INLINE Two<Vec256> add_to_exponent(Two<Vec256> x, Two<Vec256> n) {
   return {add_to_exponent(x.a, n.a), add_to_exponent(x.b, n.b)};
 }
 
@@ -110,7 +99,8 @@ template <int kTerms, typename V>
 RA_INLINE V exp2_up_to(float most, V x) {
   const V y = bounded(x, V::set(-127.0f), V::set(most));
   const V n = nearest(y), r = y - n;
-  return add_to_exponent(fma(exp2_minus_one<kTerms>(r), r, V::set(1.0f)), n);
+  return add_to_exponent(fma(exp2_minus_one<kTerms, Exp2Range::kAroundZero>(r), r, V::set(1.0f)),
+                         n);
 }
 
 template <int kTerms>
@@ -120,7 +110,7 @@ RA_INLINE Vec256 exp2(Vec256 x) {
 
 template <int kTerms, bool kAtMostOne>
 RA_INLINE void exp2_both(Vec256 (&x)[2]) {
-  const TwoVec256 power = exp2_up_to<kTerms>(kAtMostOne ? 0.0f : 127.0f, TwoVec256{x[0], x[1]});
+  const Two<Vec256> power = exp2_up_to<kTerms>(kAtMostOne ? 0.0f : 127.0f, Two<Vec256>{x[0], x[1]});
   x[0] = power.a;
   x[1] = power.b;
 }

@@ -74,13 +74,37 @@ RA_INLINE void pin(Vec512& x) { asm("" : RA_IN_ZMM(x.raw)); }
 RA_INLINE Vec512 nearest(Vec512 x) { return {_mm512_roundscale_ps(x.raw, 0)}; }
 RA_INLINE Vec512 scale_by_power(Vec512 x, Vec512 n) { return {_mm512_scalef_ps(x.raw, n.raw)}; }
 
+// x - floor(x)
+RA_INLINE Vec512 fraction(Vec512 x) {
+  return {_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+RA_INLINE Two<Vec512> fraction(Two<Vec512> x) { return {fraction(x.a), fraction(x.b)}; }
+// p 2^floor(x), or 0 where x is below -126. NaN is not: "not less than" holds for it.
+RA_INLINE Vec512 scale_by_floor(Vec512 p, Vec512 x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, p.raw, x.raw)};
+}
+RA_INLINE Two<Vec512> scale_by_floor(Two<Vec512> p, Two<Vec512> x) {
+  return {scale_by_floor(p.a, x.a), scale_by_floor(p.b, x.b)};
+}
+
+template <int kTerms, typename V>
+RA_INLINE V exp2_by_floor(V x) {
+  const V r = fraction(x);
+  return scale_by_floor(fma(exp2_minus_one<kTerms, Exp2Range::kFromZero>(r), r, V::set(1.0f)), x);
+}
+
 template <int kTerms>
 RA_INLINE Vec512 exp2(Vec512 x) {
-  const Vec512 n = nearest(x), r = x - n;
-  const Vec512 p = fma(exp2_minus_one<kTerms>(r), r, Vec512::set(1.0f));
-  // Below is zero, NaN is not: "not less than" holds for NaN.
-  const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(normal, p.raw, n.raw)};
+  return exp2_by_floor<kTerms>(x);
+}
+
+template <int kTerms, bool kAtMostOne>
+RA_INLINE void exp2_both(Vec512 (&x)[2]) {
+  if constexpr (kAtMostOne) x[0] = min(Vec512::zero(), x[0]), x[1] = min(Vec512::zero(), x[1]);
+  const Two<Vec512> power = exp2_by_floor<kTerms>(Two<Vec512>{x[0], x[1]});
+  x[0] = power.a;
+  x[1] = power.b;
 }
 
 RA_INLINE __m512 unpack_low(__m512 x, __m512 y) {

@@ -123,7 +123,8 @@ RA_INLINE Vec<float> exp2(Vec<float> x) {
   const V low = V::set(-126.0f), high = V::set(127.0f);
   const V bounded = select(less(high, x), high, max(low, x));
   const V n = nearest(bounded), r = bounded - n;
-  const V p = scale_by_power(fma(exp2_minus_one<kTerms>(r), r, V::set(1.0f)), n);
+  const V p =
+      scale_by_power(fma(exp2_minus_one<kTerms, Exp2Range::kAroundZero>(r), r, V::set(1.0f)), n);
   // At the bound the power is still right to a factor of two, enough to be noticed as too large.
   return select(less(x, low), V::zero(), p);
 }

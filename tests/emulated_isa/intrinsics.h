@@ -236,6 +236,26 @@ RA_INLINE __m512 _mm512_roundscale_ps(__m512 x, int immediate) {
   return {_mm256_round_ps(x.low, 0), _mm256_round_ps(x.high, 0)};
 }
 
+// x - floor(x), rounded downwards like the floor, so that -1e-9 gives less than 1.
+inline float less_floor(float x) {
+  if (std::isnan(x)) return x;
+  if (std::isinf(x)) return 0.0f;
+  constexpr float kBelowOne = 0x1.fffffep-1f;
+  if (-0x1p-24f < x && x < 0) return kBelowOne;
+  const double exact = double{x} - std::floor(double{x});
+  if (exact == 0) return -0.0f;
+  const float nearest = static_cast<float>(exact);
+  return nearest > exact ? std::nextafter(nearest, 0.0f) : nearest;
+}
+RA_CALLED __m512 _mm512_reduce_ps(__m512 x, int immediate) {
+  if (immediate != (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)) {
+    stop("expected the rounding to -inf of all as the immediate of _mm512_reduce_ps");
+  }
+  auto lanes = lanes_of<float>(x);
+  for (float& lane : lanes.lane) lane = less_floor(lane);
+  return std::bit_cast<__m512>(lanes);
+}
+
 // An exact reciprocal cut off after 14 bits: the largest error that the manual allows, just below
 // 2^-14, so that a kernel that lacks a Newton step is noticed. Powers of two are exact.
 RA_CALLED __m512 _mm512_rcp14_ps(__m512 x) {

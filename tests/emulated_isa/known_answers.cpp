@@ -210,6 +210,12 @@ void roundings() {
                                       -kInf, kNaN, kTiny, 0x1.fffffep-2f, -3.7f}),
                               0),
          {0, 2, 2, -0.0f, -2, 0x1p23f + 1, 0x1p22f, -kInf, kNaN, 0, 0, -4});
+  expect("reduce",
+         _mm512_reduce_ps(floats({0.5f, 1.5f, -0.5f, -1e-9f, kInf, -kInf, kNaN, 0x1p99f, -0x1p99f,
+                                  -0.0f, 0, -3.75f, 0x1p23f + 1, kTiny, -kTiny, -0.1f}),
+                          _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC),
+         {0.5f, 0.5f, 0.5f, 0x1.fffffep-1f, 0, 0, kNaN, -0.0f, -0.0f, -0.0f, -0.0f, 0.25f, -0.0f,
+          kTiny, 0x1.fffffep-1f, 0x1.ccccccp-1f});
 
   const auto scalef = [](const char* what, std::initializer_list<float> x,
                          std::initializer_list<float> y, std::initializer_list<float> wanted) {
