@@ -30,13 +30,12 @@ struct Avx512Arch : MultiplyAdd<Elem, Vec512> {
   static constexpr int kMaxVecs = 4;
   static constexpr int tile_rows(int vecs) { return vecs == 1 ? 8 : 6; }
   static constexpr int64_t kMaxKeyBlock = 192, kMaxPanel = 64;
-  static constexpr TileShape forward_shape(int64_t dim) {
-    if (dim <= 128) return {.panel = 64, .key_block = 96, .panels = 8, .least_panels = 4};
-    return {.panel = 32, .key_block = 96, .panels = 8, .least_panels = 4};
+  static constexpr TileShape forward_shape(int64_t) {
+    return {.panel = 64, .key_block = 96, .panels = 8, .least_panels = 4};
   }
   static constexpr TileShape backward_shape(int64_t dim) {
-    if (dim <= 128) return {.panel = 64, .key_block = 96, .panels = 4, .pass = 2, .stripe = 24};
-    return {.panel = 32, .key_block = 96, .panels = 8, .pass = 2, .stripe = 24};
+    if (dim <= 128) return {.panel = 64, .key_block = 96, .panels = 2, .pass = 2, .stripe = 96};
+    return {.panel = 64, .key_block = 96, .panels = 1, .pass = 1, .stripe = 48};
   }
 };
 

@@ -84,9 +84,11 @@ class Scratch {
   int64_t bytes_ = 0, skew_ = 0;
 };
 
-// Note [tile shapes]. Chosen per ISA and head dim, by measurement: the lanes of a panel (head_dim x
-// panel units) are read once per row tile and should stay in half of the L1 cache, the rest of a
-// pass in the L2 cache. Key blocks are multiples of the register tile's rows.
+// Note [tile shapes]. Chosen per ISA and head dim, by measurement. The lanes of a panel (head_dim x
+// panel units) are read once per row tile, from half of the L1 cache if they fit there; a panel that
+// is narrower than the widest register tile costs more than to read it from the L2 cache, where a
+// tile of the backward, its operands and dQ, must fit. Key blocks are multiples of the register
+// tile's rows.
 struct TileShape {
   int64_t panel;             // query rows that are the lanes of one product
   int64_t key_block;         // keys of one pass
