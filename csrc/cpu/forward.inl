@@ -151,15 +151,12 @@ class Forward {
     }
   }
 
-  // What the tile sees of the key block at `from` is the next to be read.
+  // If the tile sees of the key block at `from`, that is the next to be read.
   void announce(const KVBlock& block, int64_t from) {
-    next_.clear();
+    next_ = {};
     if (from >= tile_.extent.end) return;
-    constexpr int64_t kBytes = sizeof(Elem);
-    next_.add(first_row(block.k, block.k_stride, from), block.k_stride.row * kBytes,
-              p_.head_dim * kBytes);
-    next_.add(first_row(block.v, block.v_stride, from), block.v_stride.row * kBytes,
-              p_.v_head_dim * kBytes);
+    next_.k = {first_row(block.k, block.k_stride, from), block.k_stride.row, p_.head_dim};
+    next_.v = {first_row(block.v, block.v_stride, from), block.v_stride.row, p_.v_head_dim};
   }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {

@@ -207,5 +207,38 @@ struct KeyBlock {
   bool near_, holes_;
 };
 
+// The rows of the key block after the one in hand, fetched into the L2 cache a few lines at a time:
+// its first panel would have to wait for most of them. To fetch what lies beyond the last row does
+// no harm.
+struct NextKeys {
+  struct Rows {
+    const char* first = nullptr;
+    int64_t row_bytes = 0, line_pairs = 0;
+
+    Rows() = default;
+    template <typename Elem>
+    Rows(const Elem* row, int64_t stride, int64_t dim)
+        : first(reinterpret_cast<const char*>(row)),
+          row_bytes(stride * static_cast<int64_t>(sizeof(Elem))),
+          line_pairs(divide_up(dim * static_cast<int64_t>(sizeof(Elem)), kLinePair)) {}
+  };
+  static constexpr int64_t kLinePair = 128;  // processors fetch a line's neighbour too
+
+  Rows k, v;
+
+  // For the keys [key, key + kKeys), one of every `shares` pairs of lines.
+  template <int kKeys>
+  RA_INLINE void fetch(int64_t key, int64_t share, int64_t shares) const {
+    for (int64_t pair = share; pair < k.line_pairs + v.line_pairs; pair += shares) {
+      const bool of_k = pair < k.line_pairs;
+      const Rows& rows = of_k ? k : v;
+      const int64_t at = (of_k ? pair : pair - k.line_pairs) * kLinePair;
+      for (int i = 0; i < kKeys; ++i) {
+        __builtin_prefetch(rows.first + (key + i) * rows.row_bytes + at, 0, 2);
+      }
+    }
+  }
+};
+
 }  // namespace
 }  // namespace ring_attention::cpu

@@ -156,40 +156,6 @@ void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* pan
   }
 }
 
-// The rows of the key block after the one in hand. Fetched into the L2 cache a few lines at a time:
-// the first panel to meet it would have to wait for most of them. Fetching what lies beyond the
-// last row does no harm.
-class NextKeys {
- public:
-  void clear() { sets_ = lines_ = 0; }
-  // `bytes` of every row, from the block's first key on.
-  void add(const void* first, int64_t row_bytes, int64_t bytes) {
-    rows_[sets_++] = {static_cast<const char*>(first), row_bytes, lines_};
-    lines_ += divide_up(bytes, kLinePair);
-  }
-  // For the keys [key, key + kKeys), one of every `shares` lines.
-  template <int kKeys>
-  RA_INLINE void fetch(int64_t key, int64_t share, int64_t shares) const {
-    for (int64_t line = share; line < lines_; line += shares) {
-      int set = 0;
-      while (set + 1 < sets_ && rows_[set + 1].first_line <= line) ++set;
-      const Rows& rows = rows_[set];
-      const char* at = rows.data + key * rows.row_bytes + (line - rows.first_line) * kLinePair;
-      for (int i = 0; i < kKeys; ++i) __builtin_prefetch(at + i * rows.row_bytes, 0, 2);
-    }
-  }
-
- private:
-  static constexpr int64_t kLinePair = 128;  // processors fetch a line's neighbour too
-  struct Rows {
-    const char* data;
-    int64_t row_bytes, first_line;
-  };
-  Rows rows_[4];
-  int sets_ = 0;
-  int64_t lines_ = 0;
-};
-
 // x where the lane sees the key, else other. A select: what an unseen key gives may be NaN.
 template <typename V>
 RA_INLINE V keep_visible(int64_t key, V low, V high, V x, V other) {
