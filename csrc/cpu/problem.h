@@ -85,10 +85,10 @@ class Scratch {
 };
 
 // Note [tile shapes]. Chosen per ISA and head dim, by measurement. The lanes of a panel (head_dim x
-// panel units) are read once per row tile, from half of the L1 cache if they fit there; a panel that
-// is narrower than the widest register tile costs more than to read it from the L2 cache, where a
-// tile of the backward, its operands and dQ, must fit. Key blocks are multiples of the register
-// tile's rows.
+// panel units) are read once per row tile, from half of the L1 cache if they fit there; a panel
+// that is narrower than the widest register tile costs more than to read it from the L2 cache,
+// where a tile of the backward, its operands and dQ, must fit. Key blocks are multiples of the
+// register tile's rows.
 struct TileShape {
   int64_t panel;             // query rows that are the lanes of one product
   int64_t key_block;         // keys of one pass
