@@ -108,8 +108,8 @@ struct PrepareNothing {
 
 // Calls visit(sum, i, j) for every tile of A[rows][units] B[units][width], with sum[kRows][kVecs]
 // the tile whose first row and lane are i and j: full tiles first, then rows by kTails at a time.
-// prepare<kRows, kVecs>(i, j) comes before the product. width is a multiple of kWidthStep, rows of
-// the last tail.
+// prepare<kRows, kVecs>(i, j) comes before the product, if that is not the ISA's own. width is a
+// multiple of kWidthStep, rows of the last tail.
 template <typename Arch, int... kTails, typename Visit, typename Prepare = PrepareNothing>
 RA_INLINE void for_tiles(int64_t rows, int64_t width, int64_t units, Operand<typename Arch::Unit> a,
                          Lanes<typename Arch::Unit> b, const Visit& visit,
