@@ -112,7 +112,7 @@ class Backward {
       if (!sees(n)) continue;
       for (int64_t from = pair.key; from < pair.key_end; from += shape_.key_block) {
         const int64_t end = std::min(from + shape_.key_block, pair.key_end);
-        if (tile_.touches(from, end - from)) {
+        if (tile_.touching(from, end - from) > 0) {
           pair.wait_for_keys(end);
           fold_keys(from, end - from);
         }
@@ -449,10 +449,13 @@ class Backward {
   }
 
   void write_dq() {
-    for_transposed<Arch>(tile_, dq_, width_, row_, [&](int64_t i, const State* dq) {
-      add_row<V>(dq, p_.head_dim, static_cast<State>(p_.scale),
-                 static_cast<State*>(p_.dq) + tile_.flat(i, p_) * p_.head_dim);
-    });
+    const auto dq_row = [&](int64_t i) {
+      return static_cast<State*>(p_.dq) + tile_.flat(i, p_) * p_.head_dim;
+    };
+    const auto add = [&](int64_t, const State* dq, State* to) {
+      add_row<V>(dq, p_.head_dim, static_cast<State>(p_.scale), to);
+    };
+    for_transposed<Arch>(tile_, dq_, width_, row_, dq_row, add);
   }
 
   const BackwardParams& p_;

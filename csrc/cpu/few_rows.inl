@@ -109,9 +109,10 @@ class FewRows {
   // ---- what the rows see
 
   Extent see(const KVBlock& block, int64_t n) {
+    const Intervals intervals(block, n, batch_);
     Extent extent;
     for (int64_t r = 0; r < rows_; ++r) {
-      seen_[r] = interval_of(block, n, batch_, query_rows_.index(r));
+      seen_[r] = intervals.of(query_rows_.index(r));
       extent.add(seen_[r].begin, seen_[r].end);
     }
     return extent;

@@ -2,10 +2,10 @@
 //
 // The forward kernel. One task folds all K/V blocks into one tile of query rows:
 //
-//   load the tile: Q^T, and its state (O^T, m, l)
 //   for each K/V block, interval, key block that the tile sees:
 //     K as it is, V's columns
 //     for each panel of the tile that sees the key block:
+//       the first time: load Q^T, and the state (O^T, m, l)
 //       for each register tile of S^T = K Q^T:  mask;  P^T = exp2(S^T - m);  l += P^T
 //       O^T += V^T P^T
 //   write the state, or out = O / l and lse
@@ -28,7 +28,7 @@
 
 #include "few_rows.inl"
 #include "key_parts.h"
-#include "tile.inl"
+#include "tile_state.inl"
 
 namespace ring_attention::cpu {
 namespace {
@@ -79,31 +79,30 @@ class Forward {
         kv_head_(kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         score_units_(params),
-        v_rows_(round_up(params.v_head_dim, Arch::kWidthStep)),
         tile_(params, shape.panel, b, kv_head),
+        state_(params, tile_),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
 
   void take(Scratch& scratch, int64_t tile_rows) {
     const int64_t panel = tile_.panel, dim = std::max(p_.head_dim, p_.v_head_dim);
     const int64_t width = round_up(dim, Arch::kWidthStep);
     tile_.take(scratch, tile_rows);
+    state_.take(scratch, tile_rows);
+    scratch.array(loaded_, tile_rows / panel);
     scratch.array(q_, tile_rows * round_up(units_, kLanes));
-    scratch.array(acc_, tile_rows * v_rows_);
-    scratch.array(m_, tile_rows);
-    scratch.array(l_, tile_rows);
     scratch.array(block_l_, panel);
     scratch.array(p_units_, key_block_ / kPair * panel);
     scratch.array(k_copy_, key_block_ * width / kPair);
     scratch.array(v_copy_, key_block_ * width / kPair);
     scratch.array(v_transposed_, Arch::kTransposeColumns ? key_block_ * width / kPair : 0);
-    scratch.array(row_, kLanes * v_rows_);
   }
 
   // Folds the keys [keys_begin, keys_end), counted over all blocks, into a tile of rows.
   void fold(int64_t first, int64_t count, int64_t keys_begin, int64_t keys_end) {
     [[maybe_unused]] const typename Arch::Session session;
     tile_.move_to(first, count);
-    load();
+    q_rows_ = tile_.rows_of(p_.q, p_.q_stride);
+    std::fill_n(loaded_, tile_.panels(), false);
     int64_t offset = 0;
     for (int64_t i = 0; i < p_.num_blocks; ++i) {
       const KVBlock& block = p_.blocks[i];
@@ -117,17 +116,17 @@ class Forward {
       }
       offset += round_up(block.k_len, key_block_);
     }
-    if (p_.last) {
-      write_output();
-    } else {
-      write_state();
+    for (int64_t u = 0; u < tile_.panels(); ++u) {
+      if (!loaded_[u]) state_.load(u);
     }
+    state_.write();
   }
 
   // One key block into every panel that sees it.
   void fold_keys(const KVBlock& block, int64_t from) {
     const int64_t count = std::min(key_block_, block.k_len - from);
-    if (!tile_.touches(from, count)) return;
+    const int64_t touching = tile_.touching(from, count);
+    if (touching == 0) return;
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
     const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;
@@ -138,25 +137,50 @@ class Forward {
     keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, begin, end,
              unseen);
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
-    announce(block, from + key_block_);
+    announce_keys(block, from + key_block_, touching);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
       const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
+      next_queries_ = {};
+      if (!loaded_[u]) {
+        load(u);
+        announce_queries(u + 1, range);
+      }
       if (!tile_.extents[u].covers(from, from + keys.padded) ||
           !panel_of(u, from, range).has_reference(0, tile_.lanes(u))) {
         tile_.bound(u, from, count);
       }
       softmax(u, k, from, range);
       accumulate(u, v, range);
+      ++next_keys_.share;
     }
   }
 
-  // If the tile sees of the key block at `from`, that is the next to be read.
-  void announce(const KVBlock& block, int64_t from) {
-    next_ = {};
+  void load(int64_t u) {
+    const int64_t panel = tile_.panel;
+    Unit* q = q_ + u * panel * units_;
+    transpose_rows<Arch>(q_rows_ + u * panel, tile_.lanes(u), p_.head_dim, units_, q, panel);
+    score_units_.scale_queries(q, panel * units_);
+    state_.load(u);
+    loaded_[u] = true;
+  }
+
+  // If the tile sees of the key block at `from`, that is the next to be read: each of the panels
+  // that take the one in hand fetches a share.
+  void announce_keys(const KVBlock& block, int64_t from, int64_t shares) {
+    next_keys_ = {};
     if (from >= tile_.extent.end) return;
-    next_.k = {first_row(block.k, block.k_stride, from), block.k_stride.row, p_.head_dim};
-    next_.v = {first_row(block.v, block.v_stride, from), block.v_stride.row, p_.v_head_dim};
+    next_keys_ = {{first_row(block.k, block.k_stride, from), block.k_stride.row, p_.head_dim},
+                  {first_row(block.v, block.v_stride, from), block.v_stride.row, p_.v_head_dim},
+                  shares};
+  }
+
+  // Panel u is perhaps the next to be loaded.
+  void announce_queries(int64_t u, KeyRange<Arch> range) {
+    if (u == tile_.panels() || loaded_[u]) return;
+    next_queries_ = {q_rows_ + u * tile_.panel, tile_.panel,
+                     p_.head_dim * static_cast<int64_t>(sizeof(Elem)),
+                     divide_up(tile_.panel, std::max<int64_t>(range.count() / range.grid, 1))};
   }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {
@@ -176,7 +200,7 @@ class Forward {
         probabilities<false>(u, k, from, range);
       }
     } while (raise_reference(u, k, from, range));
-    State* l = l_ + u * tile_.panel;
+    State* l = state_.l + u * tile_.panel;
     for (int64_t i = 0; i < tile_.lanes(u); i += kLanes) {
       (V::load(l + i) + V::load(block_l_ + i)).store(l + i);
     }
@@ -205,7 +229,7 @@ class Forward {
 
   Panel panel_of(int64_t u, int64_t from, KeyRange<Arch> range) const {
     const int64_t panel = tile_.panel, first = from + range.begin;
-    return {.m = m_ + u * panel,
+    return {.m = state_.m + u * panel,
             .sums = block_l_,
             .low = tile_.low,
             .high = tile_.high,
@@ -247,7 +271,8 @@ class Forward {
               softmax_tile<kCareful>(scores, panel, begin + i, lane);
             },
         [&]<int kRows, int kVecs>(int64_t i, int64_t) __attribute__((always_inline)) {
-          next_.template fetch<kRows>(panel.first_key + begin + i, u, tile_.panels());
+          next_keys_.template fetch<kRows>(panel.first_key + begin + i);
+          next_queries_.template fetch<kRows>(begin + i);
         });
   }
 
@@ -341,14 +366,14 @@ class Forward {
     for (int64_t i = 0; i < width; ++i) exceeded[i] = block_l_[i] > kMostSum;
     maximum(u, k, from, range);
     for (int64_t i = 0; i < width; ++i) {
-      State& m = m_[u * panel + i];
+      State& m = state_.m[u * panel + i];
       const State raised = exceeded[i] ? std::max(m, block_l_[i]) : m;
       block_l_[i] = raised == m ? State{1} : std::exp2(m - raised);
       m = raised;
-      l_[u * panel + i] *= block_l_[i];
+      state_.l[u * panel + i] *= block_l_[i];
     }
-    for (int64_t d = 0; d < v_rows_; ++d) {
-      State* acc = acc_ + (u * v_rows_ + d) * panel;
+    for (int64_t d = 0; d < state_.v_rows; ++d) {
+      State* acc = state_.acc + (u * state_.v_rows + d) * panel;
       for (int64_t i = 0; i < width; i += kLanes) {
         (V::load(acc + i) * V::load(block_l_ + i)).store(acc + i);
       }
@@ -399,78 +424,7 @@ class Forward {
     const int64_t panel = tile_.panel, key = range.sum_begin / kPair;
     multiply_into<Arch>(round_up(p_.v_head_dim, Arch::kDepthStep), tile_.lanes(u),
                         range.sum_count() / kPair, v.at(0, key), {p_units_ + key * panel, panel},
-                        acc_ + u * v_rows_ * panel, panel);
-  }
-
-  // ---- state and output
-
-  void load() {
-    const int64_t panel = tile_.panel;
-    const Elem* const* q = tile_.rows_of(p_.q, p_.q_stride);
-    for (int64_t u = 0; u < tile_.panels(); ++u) {
-      transpose_rows<Arch>(q + u * panel, tile_.lanes(u), p_.head_dim, units_,
-                           q_ + u * panel * units_, panel);
-    }
-    score_units_.scale_queries(q_, tile_.rows * units_);
-    std::memset(acc_, 0, tile_.rows * v_rows_ * sizeof *acc_);
-    for (int64_t i = 0; i < tile_.rows; ++i) {
-      m_[i] = -kInfinity;
-      l_[i] = 0;
-      if (tile_.real(i)) load_row(i);
-    }
-    if (!p_.first) load_acc();
-  }
-
-  void load_row(int64_t i) {
-    if (!p_.first) {
-      const int64_t row = tile_.flat(i, p_);
-      l_[i] = static_cast<const State*>(p_.l)[row];
-      if (l_[i] != 0) m_[i] = static_cast<const State*>(p_.m)[row];
-    } else if (p_.sinks != nullptr) {
-      const State sink = static_cast<const State*>(p_.sinks)[tile_.offset(i, {0, 1, 0})] *
-                         static_cast<State>(kLog2e);
-      if (sink == -kInfinity) return;
-      m_[i] = sink;
-      l_[i] = 1;
-    }
-  }
-
-  void load_acc() {
-    const int64_t panel = tile_.panel;
-    const State* from = static_cast<const State*>(p_.acc);
-    for (int64_t i = 0; i < tile_.rows; i += kLanes) {
-      if (!tile_.real(i)) continue;
-      std::memset(row_, 0, kLanes * v_rows_ * sizeof *row_);
-      for (int64_t r = 0; r < kLanes; ++r) {
-        if (!tile_.real(i + r)) continue;
-        std::memcpy(row_ + r * v_rows_, from + tile_.flat(i + r, p_) * p_.v_head_dim,
-                    p_.v_head_dim * sizeof *row_);
-      }
-      State* acc = acc_ + i / panel * v_rows_ * panel + i % panel;
-      for (int64_t d = 0; d < v_rows_; d += kLanes) {
-        transpose_block(row_ + d, v_rows_, acc + d * panel, panel, V{});
-      }
-    }
-  }
-
-  void write_state() {
-    for_transposed<Arch>(tile_, acc_, v_rows_, row_, [&](int64_t i, const State* acc) {
-      const int64_t row = tile_.flat(i, p_);
-      static_cast<State*>(p_.m)[row] = m_[i];
-      static_cast<State*>(p_.l)[row] = l_[i];
-      std::memcpy(static_cast<State*>(p_.acc) + row * p_.v_head_dim, acc,
-                  p_.v_head_dim * sizeof *acc);
-    });
-  }
-
-  void write_output() {
-    for_transposed<Arch>(tile_, acc_, v_rows_, row_, [&](int64_t i, const State* acc) {
-      const bool empty = l_[i] == 0;
-      const State inverse = empty ? State{0} : State{1} / l_[i];
-      Elem* out = static_cast<Elem*>(p_.out) + tile_.offset(i, p_.out_stride);
-      scale_row<Arch>(acc, p_.v_head_dim, inverse, out);
-      static_cast<State*>(p_.lse)[tile_.flat(i, p_)] = log_sum_exp(m_[i], l_[i]);
-    });
+                        state_.acc + u * state_.v_rows * panel, panel);
   }
 
   const ForwardParams& p_;
@@ -478,19 +432,18 @@ class Forward {
   const int64_t kv_head_;
   const int64_t units_;  // of q and k along head_dim
   const ScoreUnits<Arch> score_units_;
-  const int64_t v_rows_;  // of O^T
   QueryTile<Arch> tile_;
-  NextKeys next_;
+  TileState<Arch> state_;
+  const Elem* const* q_rows_;  // [rows]
+  bool* loaded_;               // [panels]
+  NextKeys next_keys_;
+  NextQueries<Elem> next_queries_;
   Unit* q_;         // Q^T [panels][units][panel], scaled
-  State* acc_;      // O^T [panels][v_rows][panel]
-  State* m_;        // [rows]
-  State* l_;        // [rows]
   State* block_l_;  // [panel] sums of the key block in hand
   Unit* p_units_;   // P^T [key block / pair][panel]
   Unit* k_copy_;    // where K and V cannot be used as they lie
   Unit* v_copy_;
   Unit* v_transposed_;
-  State* row_;       // [lanes][v_rows] rows being turned
   Scratch scratch_;  // owns all of these
 };
 

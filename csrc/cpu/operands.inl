@@ -207,9 +207,19 @@ struct KeyBlock {
   bool near_, holes_;
 };
 
-// The rows of the key block after the one in hand, fetched into the L2 cache a few lines at a time:
-// its first panel would have to wait for most of them. To fetch what lies beyond the last row does
-// no harm.
+// To be written soon.
+template <typename T>
+RA_INLINE void fetch_row(T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + i, 1);
+  }
+}
+
+// Note [fetching]. What is read next is fetched into the L2 cache while products run, a few lines
+// per register tile: all of it at once would have to be waited for. To fetch what lies beyond the
+// last row does no harm.
+//
+// The rows of the key block after the one in hand.
 struct NextKeys {
   struct Rows {
     const char* first = nullptr;
@@ -225,10 +235,11 @@ struct NextKeys {
   static constexpr int64_t kLinePair = 128;  // processors fetch a line's neighbour too
 
   Rows k, v;
+  int64_t shares = 1, share = 0;
 
   // For the keys [key, key + kKeys), one of every `shares` pairs of lines.
   template <int kKeys>
-  RA_INLINE void fetch(int64_t key, int64_t share, int64_t shares) const {
+  RA_INLINE void fetch(int64_t key) const {
     for (int64_t pair = share; pair < k.line_pairs + v.line_pairs; pair += shares) {
       const bool of_k = pair < k.line_pairs;
       const Rows& rows = of_k ? k : v;
@@ -236,6 +247,24 @@ struct NextKeys {
       for (int i = 0; i < kKeys; ++i) {
         __builtin_prefetch(rows.first + (key + i) * rows.row_bytes + at, 0, 2);
       }
+    }
+  }
+};
+
+// The rows of the panel after the one in hand.
+template <typename Elem>
+struct NextQueries {
+  const Elem* const* rows = nullptr;
+  int64_t count = 0, row_bytes = 0;
+  int64_t per_tile = 0;  // register tile of the panel in hand
+
+  // While the register tile of the keys [key, key + kKeys) is formed.
+  template <int kKeys>
+  RA_INLINE void fetch(int64_t key) const {
+    const int64_t begin = key / kKeys * per_tile, end = std::min(begin + per_tile, count);
+    for (int64_t i = begin; i < end; ++i) {
+      const char* row = reinterpret_cast<const char*>(rows[i]);
+      for (int64_t at = 0; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
     }
   }
 };

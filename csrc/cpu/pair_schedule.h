@@ -124,8 +124,9 @@ class PairSchedule {
     std::vector<Extent> result(static_cast<size_t>(block.intervals * batch * row_chunks_));
     for (int64_t n = 0; n < block.intervals; ++n) {
       for (int64_t b = 0; b < batch; ++b) {
+        const Intervals intervals(block, n, b);
         for (int64_t i = 0; i < rows_.q_len; ++i) {
-          const Interval seen = interval_of(block, n, b, i);
+          const Interval seen = intervals.of(i);
           for (int64_t row = i; row < rows_.count(); row += rows_.head_rows) {
             const int64_t at = (n * batch + b) * row_chunks_ + row / row_chunk_;
             result[static_cast<size_t>(at)].add(seen.begin, seen.end);

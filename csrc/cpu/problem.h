@@ -18,6 +18,7 @@
 namespace ring_attention::cpu {
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 constexpr int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
@@ -138,14 +139,26 @@ struct Interval {
   int64_t begin, end;
 };
 
-inline Interval interval_of(const KVBlock& block, int64_t n, int64_t b, int64_t i) {
-  const Strides &bs = block.begin_stride, &es = block.end_stride;
-  const int64_t begin =
-      std::max<int64_t>(block.key_begin[n * bs.head + b * bs.batch + i * bs.row], 0);
-  const int64_t end =
-      std::min<int64_t>(block.key_end[n * es.head + b * es.batch + i * es.row], block.k_len);
-  if (begin >= end) return {std::numeric_limits<int64_t>::max(), 0};
-  return {begin, end};
-}
+// Intervals n of a block for the queries of sample b.
+class Intervals {
+ public:
+  Intervals(const KVBlock& block, int64_t n, int64_t b)
+      : begin_(block.key_begin + n * block.begin_stride.head + b * block.begin_stride.batch),
+        end_(block.key_end + n * block.end_stride.head + b * block.end_stride.batch),
+        begin_row_(block.begin_stride.row),
+        end_row_(block.end_stride.row),
+        k_len_(block.k_len) {}
+
+  Interval of(int64_t i) const {
+    const int64_t begin = std::max<int64_t>(begin_[i * begin_row_], 0);
+    const int64_t end = std::min<int64_t>(end_[i * end_row_], k_len_);
+    if (begin >= end) return {std::numeric_limits<int64_t>::max(), 0};
+    return {begin, end};
+  }
+
+ private:
+  const int32_t *begin_, *end_;
+  int64_t begin_row_, end_row_, k_len_;
+};
 
 }  // namespace ring_attention::cpu

@@ -24,7 +24,7 @@ struct QueryTile {
   int64_t* begin;        // [rows] intervals of the block in hand
   int64_t* end;          // [rows]
   Extent* extents;       // [rows / panel]
-  Extent extent;         // of the whole tile
+  Extent extent;         // of the whole tile: its begin and end
   const Elem** source;   // [rows]
   State* low;            // [panel] intervals relative to the key block in hand
   State* high;           // [panel]
@@ -92,25 +92,26 @@ struct QueryTile {
   // Intervals n of a block, for every row. Padding sees what the last query sees, so that it asks
   // for no mask of its own.
   void see(const KVBlock& block, int64_t n) {
+    const Intervals intervals(block, n, batch);
     extent = {};
     for (int64_t u = 0; u < panels(); ++u) {
-      extents[u] = {};
+      Extent seen_of_panel;
       for (int64_t i = u * panel; i < (u + 1) * panel; ++i) {
-        const Interval seen = interval_of(block, n, batch, query[i]);
+        const Interval seen = intervals.of(query[i]);
         begin[i] = seen.begin;
         end[i] = seen.end;
-        extents[u].add(seen.begin, seen.end);
-        extent.add(seen.begin, seen.end);
+        seen_of_panel.add(seen.begin, seen.end);
       }
+      extents[u] = seen_of_panel;
+      extent.begin = std::min(extent.begin, seen_of_panel.begin);
+      extent.end = std::max(extent.end, seen_of_panel.end);
     }
   }
 
-  // Whether a panel sees any of the keys [from, from + count).
-  bool touches(int64_t from, int64_t count) const {
-    for (int64_t u = 0; u < panels(); ++u) {
-      if (extents[u].touches(from, from + count)) return true;
-    }
-    return false;
+  // How many panels see any of the keys [from, from + count).
+  int64_t touching(int64_t from, int64_t count) const {
+    return std::count_if(extents, extents + panels(),
+                         [&](const Extent& seen) { return seen.touches(from, from + count); });
   }
 
   // Fills unseen[j] for the keys [from, from + count): true where no row sees the key. Returns
@@ -137,11 +138,12 @@ struct QueryTile {
   }
 };
 
-// Calls visit(row, numbers) for every real row of panels X^T [panels][dim][panel], turning kLanes
-// rows at a time in `scratch` [kLanes][dim].
-template <typename Arch, typename Visit>
+// Calls visit(row, numbers, to) for every real row of panels X^T [panels][dim][panel], turning
+// kLanes rows at a time in `scratch` [kLanes][dim]. to = target(row) is where they are written,
+// fetched ahead: a store to a line that is not in the cache holds up those behind it.
+template <typename Arch, typename Target, typename Visit>
 void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* panels, int64_t dim,
-                    typename Arch::State* scratch, const Visit& visit) {
+                    typename Arch::State* scratch, const Target& target, const Visit& visit) {
   using V = typename Arch::V;
   const int64_t panel = tile.panel;
   for (int64_t i = 0; i < tile.rows; i += V::kLanes) {
@@ -151,7 +153,10 @@ void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* pan
       transpose_block(from + d * panel, panel, scratch + d, dim, V{});
     }
     for (int64_t r = 0; r < V::kLanes; ++r) {
-      if (tile.real(i + r)) visit(i + r, scratch + r * dim);
+      if (!tile.real(i + r)) continue;
+      const int64_t next = i + r + V::kLanes;
+      if (next < tile.rows && tile.real(next)) fetch_row(target(next), dim);
+      visit(i + r, scratch + r * dim, target(i + r));
     }
   }
 }
