@@ -414,7 +414,8 @@ class Backward {
     if constexpr (kInPlace<Arch> && kPair == 1) {
       const bool aligned = reinterpret_cast<uintptr_t>(source[0]) % sizeof(V) == 0;
       const bool dense = stride.row == dim && dim <= kLaneBlock;
-      if (aligned && dense && width == dim && tile_.evenly_spaced()) return {source[0], dim};
+      if (aligned && dense && width == dim && tile_.evenly_spaced(0, tile_.rows))
+        return {source[0], dim};
     }
     return interleave_lanes<Arch>(source, tile_.rows, dim, copy);
   }
@@ -455,7 +456,9 @@ class Backward {
     const auto add = [&](int64_t, const State* dq, State* to) {
       add_row<V>(dq, p_.head_dim, static_cast<State>(p_.scale), to);
     };
-    for_transposed<Arch>(tile_, dq_, width_, row_, dq_row, add);
+    for (int64_t u = 0; u < tile_.panels(); ++u) {
+      for_transposed<Arch>(tile_, u, dq_ + u * width_ * tile_.panel, width_, row_, dq_row, add);
+    }
   }
 
   const BackwardParams& p_;

@@ -117,9 +117,12 @@ class Forward {
       offset += round_up(block.k_len, key_block_);
     }
     for (int64_t u = 0; u < tile_.panels(); ++u) {
-      if (!loaded_[u]) state_.load(u);
+      if (loaded_[u]) {
+        state_.write(u);
+      } else {
+        state_.pass(u);
+      }
     }
-    state_.write();
   }
 
   // One key block into every panel that sees it.
@@ -178,8 +181,11 @@ class Forward {
   // Panel u is perhaps the next to be loaded.
   void announce_queries(int64_t u, KeyRange<Arch> range) {
     if (u == tile_.panels() || loaded_[u]) return;
-    next_queries_ = {q_rows_ + u * tile_.panel, tile_.panel,
+    next_queries_ = {q_rows_ + u * tile_.panel,
+                     state_.rows_before(u),
+                     tile_.panel,
                      p_.head_dim * static_cast<int64_t>(sizeof(Elem)),
+                     state_.row_bytes(),
                      divide_up(tile_.panel, std::max<int64_t>(range.count() / range.grid, 1))};
   }
 

@@ -251,11 +251,12 @@ struct NextKeys {
   }
 };
 
-// The rows of the panel after the one in hand.
+// The rows of the panel after the one in hand, and what they have of state.
 template <typename Elem>
 struct NextQueries {
   const Elem* const* rows = nullptr;
-  int64_t count = 0, row_bytes = 0;
+  const char* state = nullptr;
+  int64_t count = 0, row_bytes = 0, state_bytes = 0;
   int64_t per_tile = 0;  // register tile of the panel in hand
 
   // While the register tile of the keys [key, key + kKeys) is formed.
@@ -263,9 +264,14 @@ struct NextQueries {
   RA_INLINE void fetch(int64_t key) const {
     const int64_t begin = key / kKeys * per_tile, end = std::min(begin + per_tile, count);
     for (int64_t i = begin; i < end; ++i) {
-      const char* row = reinterpret_cast<const char*>(rows[i]);
-      for (int64_t at = 0; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
+      fetch_bytes(reinterpret_cast<const char*>(rows[i]), row_bytes);
+      if (state != nullptr) fetch_bytes(state + i * state_bytes, state_bytes);
     }
+  }
+
+ private:
+  static RA_INLINE void fetch_bytes(const char* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(from + at, 0, 2);
   }
 };
 

@@ -69,8 +69,10 @@ struct QueryTile {
   // Lanes of a panel that a product has to take: all up to its last real row.
   int64_t lanes(int64_t u) const { return panel_lanes[u]; }
 
-  // Whether all rows are real and of one head.
-  bool evenly_spaced() const { return real(rows - 1) && head[0] == head[rows - 1]; }
+  // Whether the rows [first, first + count) are real and of one head.
+  bool evenly_spaced(int64_t first, int64_t count) const {
+    return real(first + count - 1) && head[first] == head[first + count - 1];
+  }
 
   // Offset of a row of a [batch, heads, q_len, ...] tensor; the row is real.
   int64_t offset(int64_t row, const Strides& stride) const {
@@ -138,25 +140,25 @@ struct QueryTile {
   }
 };
 
-// Calls visit(row, numbers, to) for every real row of panels X^T [panels][dim][panel], turning
+// Calls visit(row, numbers, to) for every real row of panel u, given as X^T [dim][panel], turning
 // kLanes rows at a time in `scratch` [kLanes][dim]. to = target(row) is where they are written,
 // fetched ahead: a store to a line that is not in the cache holds up those behind it.
 template <typename Arch, typename Target, typename Visit>
-void for_transposed(const QueryTile<Arch>& tile, const typename Arch::State* panels, int64_t dim,
-                    typename Arch::State* scratch, const Target& target, const Visit& visit) {
+void for_transposed(const QueryTile<Arch>& tile, int64_t u, const typename Arch::State* lanes,
+                    int64_t dim, typename Arch::State* scratch, const Target& target,
+                    const Visit& visit) {
   using V = typename Arch::V;
-  const int64_t panel = tile.panel;
-  for (int64_t i = 0; i < tile.rows; i += V::kLanes) {
-    if (!tile.real(i)) continue;
-    const typename Arch::State* from = panels + i / panel * dim * panel + i % panel;
+  const int64_t first = u * tile.panel;
+  for (int64_t i = 0; i < tile.panel; i += V::kLanes) {
+    if (!tile.real(first + i)) continue;
     for (int64_t d = 0; d < dim; d += V::kLanes) {
-      transpose_block(from + d * panel, panel, scratch + d, dim, V{});
+      transpose_block(lanes + d * tile.panel + i, tile.panel, scratch + d, dim, V{});
     }
-    for (int64_t r = 0; r < V::kLanes; ++r) {
-      if (!tile.real(i + r)) continue;
-      const int64_t next = i + r + V::kLanes;
+    for (int64_t row = first + i; row < first + i + V::kLanes; ++row) {
+      if (!tile.real(row)) continue;
+      const int64_t next = row + V::kLanes;
       if (next < tile.rows && tile.real(next)) fetch_row(target(next), dim);
-      visit(i + r, scratch + r * dim, target(i + r));
+      visit(row, scratch + (row - first - i) * dim, target(row));
     }
   }
 }

@@ -33,28 +33,62 @@ class TileState {
     scratch.array(row_, kLanes * v_rows);
   }
 
-  // Panel u.
+  // Panel u, before anything is folded into it.
   void load(int64_t u) {
-    const int64_t panel = tile_.panel;
-    std::memset(acc + u * v_rows * panel, 0, v_rows * panel * sizeof *acc);
-    for (int64_t i = u * panel; i < (u + 1) * panel; ++i) {
+    const int64_t begin = u * tile_.panel;
+    if (p_.first) {
+      std::memset(acc_of(u), 0, v_rows * tile_.panel * sizeof *acc);
+    } else {
+      for (int64_t i = begin; i < begin + tile_.panel; i += kLanes) load_acc(u, i);
+    }
+    for (int64_t i = begin; i < begin + tile_.panel; ++i) {
       m[i] = -kInfinity;
       l[i] = 0;
-      if (tile_.real(i)) load_row(i);
+      if (tile_.real(i)) load_sums(i);
     }
-    if (!p_.first) load_acc(u);
   }
 
-  void write() {
+  // Panel u, when all is folded.
+  void write(int64_t u) {
     if (p_.last) {
-      write_output();
+      write_output(u);
     } else {
-      write_state();
+      write_state(u);
     }
   }
+
+  // Instead of both, where there is nothing to fold.
+  void pass(int64_t u) {
+    if (p_.first) {
+      load(u);
+      write(u);
+    } else if (p_.last) {
+      finish(u);
+    }
+  }
+
+  // Where load() will find a panel's accumulators, a row after the other, or null.
+  const char* rows_before(int64_t u) const {
+    return p_.first ? nullptr : reinterpret_cast<const char*>(acc_row(u * tile_.panel));
+  }
+  int64_t row_bytes() const { return p_.v_head_dim * static_cast<int64_t>(sizeof *acc); }
 
  private:
-  void load_row(int64_t i) {
+  State* acc_of(int64_t u) const { return acc + u * v_rows * tile_.panel; }
+
+  // ---- where the tensors have row i
+
+  State* acc_row(int64_t i) const {
+    return static_cast<State*>(p_.acc) + tile_.flat(i, p_) * p_.v_head_dim;
+  }
+  Elem* out_row(int64_t i) const {
+    return static_cast<Elem*>(p_.out) + tile_.offset(i, p_.out_stride);
+  }
+  State& lse_row(int64_t i) const { return static_cast<State*>(p_.lse)[tile_.flat(i, p_)]; }
+
+  // ---- load
+
+  void load_sums(int64_t i) {
     if (!p_.first) {
       const int64_t row = tile_.flat(i, p_);
       l[i] = static_cast<const State*>(p_.l)[row];
@@ -68,55 +102,67 @@ class TileState {
     }
   }
 
-  void load_acc(int64_t u) {
-    const int64_t panel = tile_.panel;
-    for (int64_t i = u * panel; i < (u + 1) * panel; i += kLanes) {
-      if (!tile_.real(i)) continue;
+  // kLanes rows.
+  void load_acc(int64_t u, int64_t i) {
+    const State* rows = row_;
+    int64_t distance = v_rows;
+    if (p_.v_head_dim == v_rows && tile_.evenly_spaced(i, kLanes)) {
+      rows = acc_row(i);
+      distance = p_.v_head_dim;
+    } else {
       std::memset(row_, 0, kLanes * v_rows * sizeof *row_);
       for (int64_t r = 0; r < kLanes; ++r) {
-        if (!tile_.real(i + r)) continue;
-        std::memcpy(row_ + r * v_rows, acc_row(i + r), p_.v_head_dim * sizeof *row_);
+        if (tile_.real(i + r)) std::memcpy(row_ + r * v_rows, acc_row(i + r), row_bytes());
       }
-      State* to = acc + u * v_rows * panel + i % panel;
-      for (int64_t d = 0; d < v_rows; d += kLanes) {
-        transpose_block(row_ + d, v_rows, to + d * panel, panel, V{});
-      }
+    }
+    State* to = acc_of(u) + i % tile_.panel;
+    for (int64_t d = 0; d < v_rows; d += kLanes) {
+      transpose_block(rows + d, distance, to + d * tile_.panel, tile_.panel, V{});
     }
   }
 
-  State* acc_row(int64_t i) const {
-    return static_cast<State*>(p_.acc) + tile_.flat(i, p_) * p_.v_head_dim;
-  }
-  Elem* out_row(int64_t i) const {
-    return static_cast<Elem*>(p_.out) + tile_.offset(i, p_.out_stride);
-  }
+  // ---- write
 
-  void write_state() {
+  void write_state(int64_t u) {
     for_transposed<Arch>(
-        tile_, acc, v_rows, row_, [&](int64_t i) { return acc_row(i); },
+        tile_, u, acc_of(u), v_rows, row_, [&](int64_t i) { return acc_row(i); },
         [&](int64_t i, const State* sums, State* to) {
           const int64_t row = tile_.flat(i, p_);
           static_cast<State*>(p_.m)[row] = m[i];
           static_cast<State*>(p_.l)[row] = l[i];
-          std::memcpy(to, sums, p_.v_head_dim * sizeof *to);
+          std::memcpy(to, sums, row_bytes());
         });
   }
 
-  void write_output() {
+  void write_output(int64_t u) {
     for_transposed<Arch>(
-        tile_, acc, v_rows, row_, [&](int64_t i) { return out_row(i); },
-        [&, lse = log_sums()](int64_t i, const State* sums, Elem* to) {
-          scale_row<Arch>(sums, p_.v_head_dim, l[i] == 0 ? State{0} : State{1} / l[i], to);
-          static_cast<State*>(p_.lse)[tile_.flat(i, p_)] = lse[i];
+        tile_, u, acc_of(u), v_rows, row_, [&](int64_t i) { return out_row(i); },
+        [&, lse = log_sums(u)](int64_t i, const State* sums, Elem* to) {
+          scale_row<Arch>(sums, p_.v_head_dim, inverse(l[i]), to);
+          lse_row(i) = lse[i];
         });
   }
 
-  // lse of all rows, instead of m; vectors of them.
-  const State* log_sums() {
-    State* __restrict lse = m;
-    const State* __restrict sums = l;
-    for (int64_t i = 0; i < tile_.rows; ++i) lse[i] = log_sum_exp(lse[i], sums[i]);
-    return lse;
+  // From the state to the output as the rows lie.
+  void finish(int64_t u) {
+    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel && tile_.real(i); ++i) {
+      load_sums(i);
+    }
+    const State* lse = log_sums(u);
+    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel && tile_.real(i); ++i) {
+      scale_row<Arch>(acc_row(i), p_.v_head_dim, inverse(l[i]), out_row(i));
+      lse_row(i) = lse[i];
+    }
+  }
+
+  static State inverse(State x) { return x == 0 ? State{0} : State{1} / x; }
+
+  // lse of a panel's rows, instead of m: in vectors.
+  const State* log_sums(int64_t u) {
+    State* __restrict lse = m + u * tile_.panel;
+    const State* __restrict sums = l + u * tile_.panel;
+    for (int64_t i = 0; i < tile_.panel; ++i) lse[i] = log_sum_exp(lse[i], sums[i]);
+    return m;
   }
 
   const ForwardParams& p_;
