@@ -26,6 +26,7 @@
 // Memory: Q^T and O^T of a tile, V's columns and P of one key block; none grows with the sequence.
 #pragma once
 
+#include "fetcher.inl"
 #include "few_rows.inl"
 #include "key_parts.h"
 #include "tile_state.inl"
@@ -39,6 +40,7 @@ class Forward {
   using State = typename Arch::State;
   using Unit = typename Arch::Unit;
   using V = typename Arch::V;
+  using Place = typename Fetcher<Arch>::Place;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPair = Arch::kPair;
   static constexpr int64_t kTasks = 16;  // for all threads to work
@@ -59,28 +61,36 @@ class Forward {
                                std::clamp<int64_t>(tasks / kTasks, 1, shape.least_panels));
     const int64_t tiles = divide_up(rows, tile_rows);
     KeyParts parts(p, shape.key_block, problems * tiles);
-    parallel(problems * tiles * parts.count(), [&](int64_t task) {
-      const int64_t part = task % parts.count(), problem = task / parts.count() % problems;
+    const int64_t count = problems * tiles * parts.count();
+    const auto place_of = [&](int64_t task) {
+      const int64_t problem = task / parts.count() % problems;
       // Causal rows are the heavier the later they come: these first.
       const int64_t tile = tiles - 1 - task / parts.count() / problems;
-      Forward kernel(parts.params(part), shape, tile_rows, problem / p.kv_heads,
-                     problem % p.kv_heads);
-      kernel.fold(tile * tile_rows, std::min(tile_rows, rows - tile * tile_rows), parts.begin(part),
+      return Place{problem / p.kv_heads, problem % p.kv_heads, tile * tile_rows};
+    };
+    parallel(count, [&](int64_t task) {
+      const int64_t part = task % parts.count();
+      const Place place = place_of(task);
+      Forward kernel(parts.params(part), shape, tile_rows, place);
+      const int64_t next = task + parallel.threads;  // this thread's, if threads take turns
+      if (next < count) kernel.fetcher_.set_next_tile(place_of(next));
+      kernel.fold(place.row, std::min(tile_rows, rows - place.row), parts.begin(part),
                   parts.end(part));
     });
     parts.combine(parallel);
   }
 
  private:
-  Forward(const ForwardParams& params, const TileShape& shape, int64_t tile_rows, int64_t b,
-          int64_t kv_head)
+  Forward(const ForwardParams& params, const TileShape& shape, int64_t tile_rows,
+          const Place& place)
       : p_(params),
         key_block_(shape.key_block),
-        kv_head_(kv_head),
+        kv_head_(place.kv_head),
         units_(round_up(params.head_dim, Arch::kDepthStep) / kPair),
         score_units_(params),
-        tile_(params, shape.panel, b, kv_head),
+        tile_(params, shape.panel, place.batch, place.kv_head),
         state_(params, tile_),
+        fetcher_(params, tile_, place.kv_head, shape.key_block),
         scratch_([&](Scratch& scratch) { take(scratch, tile_rows); }) {}
 
   void take(Scratch& scratch, int64_t tile_rows) {
@@ -140,14 +150,14 @@ class Forward {
     keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, begin, end,
              unseen);
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
-    announce_keys(block, from + key_block_, touching);
+    fetcher_.begin_keys(block, from + key_block_, touching);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
       const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
-      next_queries_ = {};
+      fetcher_.begin_panel();
       if (!loaded_[u]) {
         load(u);
-        announce_queries(u + 1, range);
+        fetcher_.begin_first_of_panel(u, range);
       }
       if (!tile_.extents[u].covers(from, from + keys.padded) ||
           !panel_of(u, from, range).has_reference(0, tile_.lanes(u))) {
@@ -155,7 +165,6 @@ class Forward {
       }
       softmax(u, k, from, range);
       accumulate(u, v, range);
-      ++next_keys_.share;
     }
   }
 
@@ -166,27 +175,6 @@ class Forward {
     score_units_.scale_queries(q, panel * units_);
     state_.load(u);
     loaded_[u] = true;
-  }
-
-  // If the tile sees of the key block at `from`, that is the next to be read: each of the panels
-  // that take the one in hand fetches a share.
-  void announce_keys(const KVBlock& block, int64_t from, int64_t shares) {
-    next_keys_ = {};
-    if (from >= tile_.extent.end) return;
-    next_keys_ = {{first_row(block.k, block.k_stride, from), block.k_stride.row, p_.head_dim},
-                  {first_row(block.v, block.v_stride, from), block.v_stride.row, p_.v_head_dim},
-                  shares};
-  }
-
-  // Panel u is perhaps the next to be loaded.
-  void announce_queries(int64_t u, KeyRange<Arch> range) {
-    if (u == tile_.panels() || loaded_[u]) return;
-    next_queries_ = {q_rows_ + u * tile_.panel,
-                     state_.rows_before(u),
-                     tile_.panel,
-                     p_.head_dim * static_cast<int64_t>(sizeof(Elem)),
-                     state_.row_bytes(),
-                     divide_up(tile_.panel, std::max<int64_t>(range.count() / range.grid, 1))};
   }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {
@@ -277,8 +265,7 @@ class Forward {
               softmax_tile<kCareful>(scores, panel, begin + i, lane);
             },
         [&]<int kRows, int kVecs>(int64_t i, int64_t) __attribute__((always_inline)) {
-          next_keys_.template fetch<kRows>(panel.first_key + begin + i);
-          next_queries_.template fetch<kRows>(begin + i);
+          fetcher_.template fetch<kRows>(panel.first_key + begin + i, begin + i);
         });
   }
 
@@ -440,14 +427,13 @@ class Forward {
   const ScoreUnits<Arch> score_units_;
   QueryTile<Arch> tile_;
   TileState<Arch> state_;
+  Fetcher<Arch> fetcher_;
   const Elem* const* q_rows_;  // [rows]
   bool* loaded_;               // [panels]
-  NextKeys next_keys_;
-  NextQueries<Elem> next_queries_;
-  Unit* q_;         // Q^T [panels][units][panel], scaled
-  State* block_l_;  // [panel] sums of the key block in hand
-  Unit* p_units_;   // P^T [key block / pair][panel]
-  Unit* k_copy_;    // where K and V cannot be used as they lie
+  Unit* q_;                    // Q^T [panels][units][panel], scaled
+  State* block_l_;             // [panel] sums of the key block in hand
+  Unit* p_units_;              // P^T [key block / pair][panel]
+  Unit* k_copy_;               // where K and V cannot be used as they lie
   Unit* v_copy_;
   Unit* v_transposed_;
   Scratch scratch_;  // owns all of these

@@ -41,11 +41,7 @@ class TileState {
     } else {
       for (int64_t i = begin; i < begin + tile_.panel; i += kLanes) load_acc(u, i);
     }
-    for (int64_t i = begin; i < begin + tile_.panel; ++i) {
-      m[i] = -kInfinity;
-      l[i] = 0;
-      if (tile_.real(i)) load_sums(i);
-    }
+    load_sums(u);
   }
 
   // Panel u, when all is folded.
@@ -67,17 +63,12 @@ class TileState {
     }
   }
 
-  // Where load() will find a panel's accumulators, a row after the other, or null.
-  const char* rows_before(int64_t u) const {
-    return p_.first ? nullptr : reinterpret_cast<const char*>(acc_row(u * tile_.panel));
-  }
-  int64_t row_bytes() const { return p_.v_head_dim * static_cast<int64_t>(sizeof *acc); }
-
  private:
   State* acc_of(int64_t u) const { return acc + u * v_rows * tile_.panel; }
 
   // ---- where the tensors have row i
 
+  int64_t row_bytes() const { return p_.v_head_dim * static_cast<int64_t>(sizeof *acc); }
   State* acc_row(int64_t i) const {
     return static_cast<State*>(p_.acc) + tile_.flat(i, p_) * p_.v_head_dim;
   }
@@ -88,7 +79,15 @@ class TileState {
 
   // ---- load
 
-  void load_sums(int64_t i) {
+  void load_sums(int64_t u) {
+    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel; ++i) {
+      m[i] = -kInfinity;
+      l[i] = 0;
+      if (tile_.real(i)) load_sum(i);
+    }
+  }
+
+  void load_sum(int64_t i) {
     if (!p_.first) {
       const int64_t row = tile_.flat(i, p_);
       l[i] = static_cast<const State*>(p_.l)[row];
@@ -145,11 +144,10 @@ class TileState {
 
   // From the state to the output as the rows lie.
   void finish(int64_t u) {
-    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel && tile_.real(i); ++i) {
-      load_sums(i);
-    }
+    load_sums(u);
     const State* lse = log_sums(u);
-    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel && tile_.real(i); ++i) {
+    for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel; ++i) {
+      if (!tile_.real(i)) continue;
       scale_row<Arch>(acc_row(i), p_.v_head_dim, inverse(l[i]), out_row(i));
       lse_row(i) = lse[i];
     }
