@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bounds import assert_matches_reference, error, rms_error, ulp
 from conftest import DEVICE
-from intervals import MASKS, bottom_right, causal, each_mask, first_and_window, full
+from intervals import MASKS, bottom_right, causal, each_mask, first_and_window, full, rising
 from problems import (
     DTYPES,
     HEAD_DIMS,
@@ -82,13 +82,14 @@ def test_error_of_scores_beyond_a_hundred(dtype: torch.dtype) -> None:
 
 @pytest.mark.isa
 @each_low
-def test_many_tiles(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mask", [first_and_window, rising], ids=lambda m: m.__name__)
+def test_many_tiles(mask: Any, dtype: torch.dtype) -> None:
     """Longer than any tile or chunk of the kernels, and no multiple of one; so many that tiles have
-    as many panels as they may."""
+    as many panels as they may, which see their first keys in either order."""
     lengths = {"q_len": long(523, 267), "k_len": long(775, 331)}
     heads = long(16, 2)
     assert_matches_reference(
-        problem(dtype, first_and_window, batch=1, heads=heads, kv_heads=1, head_dim=40, **lengths)
+        problem(dtype, mask, batch=1, heads=heads, kv_heads=1, head_dim=40, **lengths)
     )
 
 

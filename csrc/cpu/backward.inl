@@ -104,7 +104,7 @@ class Backward {
     load();
     const auto sees = [&](int64_t n) {
       tile_.see(block_, n);
-      return tile_.extent.touches(pair.key, pair.key_end);
+      return tile_.span.touches(pair.key, pair.key_end);
     };
     int64_t last = block_.intervals - 1;
     while (last > 0 && !sees(last)) --last;
@@ -126,7 +126,7 @@ class Backward {
   void fold_keys(int64_t from, int64_t count) {
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
-    const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;
+    const int64_t begin = tile_.span.begin - from, end = tile_.span.end - from;
     KeyBlock<Arch> keys;
     keys.set(first_row(block_.v, block_.v_stride, from), block_.v_stride.row, count, begin, end,
              unseen);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Note [fetching]. What a forward reads next is fetched into the L2 cache while products run, some
-// lines per register tile; all at once, it would have to be waited for:
+// lines per register tile (so not where an ISA has a product of its own); all at once, it would
+// have to be waited for:
 //   the next key block of the tile, of which each panel that takes the one in hand fetches a part
 //   the rows of the next panel, while the one before it takes its first key block
-//   at the end of a tile, the first of both of the tile that the thread is going to take
-// To fetch what is never read, or lies beyond the last row, does no harm.
+//   with the last key block of a tile, the first of both of the tile that the thread takes next
+// To fetch what is never read, or lies beyond the last row, does no harm; so rows of a panel are
+// taken for those of one head.
 #pragma once
-
-#include <optional>
 
 #include "tile.inl"
 
@@ -32,39 +32,38 @@ class Fetcher {
 
   void set_next_tile(const Place& place) { next_tile_ = place; }
 
-  // For as long as `panels` panels take the key block before the one at `from`.
-  void begin_keys(const KVBlock& block, int64_t from, int64_t panels) {
-    if (from < tile_.extent.end) {
+  // For as long as `panels` panels take the key block before the one at `from`, of intervals n.
+  void begin_keys(const KVBlock& block, int64_t n, int64_t from, int64_t panels) {
+    k_ = v_ = {};
+    const bool last = &block == p_.blocks + p_.num_blocks - 1 && n == block.intervals - 1;
+    ends_tile_ = last && from >= tile_.span.end && next_tile_.row >= 0;
+    if (from < tile_.span.end) {
       set_keys(block, tile_.batch, kv_head_, from);
-    } else {
+    } else if (ends_tile_) {
       set_first_keys();
     }
     parts_ = panels;
     part_ = -1;
   }
 
-  // While panel u takes a key block.
-  void begin_panel() {
+  // While panel u takes of a key block the keys `range`; fresh: its first ones.
+  void begin_panel(int64_t u, KeyRange<Arch> range, bool fresh) {
     ++part_;
     q_ = state_ = {};
-    rows_per_tile_ = 0;
-  }
-
-  // The same, where it is its first one, of whose keys it sees `range`.
-  void begin_first_of_panel(int64_t u, KeyRange<Arch> range) {
-    if (u + 1 < tile_.panels()) {
+    rows_per_tile_ = divide_up(tile_.panel, divide_up(range.count(), range.grid));
+    if (fresh && u + 1 < tile_.panels()) {
       const int64_t row = (u + 1) * tile_.panel;
       set_panel(tile_.batch, tile_.head[row], tile_.query[row]);
-    } else if (next_tile_) {
+    } else if (ends_tile_ && part_ == parts_ - 1) {
       const QueryRows& rows = tile_.query_rows;
-      set_panel(next_tile_->batch, next_tile_->kv_head * rows.group + rows.head(next_tile_->row),
-                rows.index(next_tile_->row));
+      set_panel(next_tile_.batch, next_tile_.kv_head * rows.group + rows.head(next_tile_.row),
+                rows.index(next_tile_.row));
+    } else {
+      rows_per_tile_ = 0;
     }
-    rows_per_tile_ = divide_up(tile_.panel, divide_up(range.count(), range.grid));
   }
 
-  // While the register tile of the keys [key, key + kKeys) is formed, these being row `row` of the
-  // panel's range.
+  // While the register tile of the keys [key, key + kKeys) is formed, `row` rows into the range.
   template <int kKeys>
   RA_INLINE void fetch(int64_t key, int64_t row) const {
     for (int64_t line = part_; line < k_.lines + v_.lines; line += parts_) {
@@ -109,13 +108,12 @@ class Fetcher {
 
   // Of the next tile's first row.
   void set_first_keys() {
-    k_ = v_ = {};
     const KVBlock& block = p_.blocks[0];
-    if (!next_tile_ || block.intervals == 0) return;
-    const Intervals intervals(block, 0, next_tile_->batch);
-    const int64_t begin = intervals.of(tile_.query_rows.index(next_tile_->row)).begin;
+    if (block.intervals == 0) return;
+    const Intervals intervals(block, 0, next_tile_.batch);
+    const int64_t begin = intervals.of(tile_.query_rows.index(next_tile_.row)).begin;
     if (begin >= block.k_len) return;
-    set_keys(block, next_tile_->batch, next_tile_->kv_head, begin / key_block_ * key_block_);
+    set_keys(block, next_tile_.batch, next_tile_.kv_head, begin / key_block_ * key_block_);
   }
 
   void set_panel(int64_t b, int64_t head, int64_t query) {
@@ -129,7 +127,8 @@ class Fetcher {
   const ForwardParams& p_;
   const QueryTile<Arch>& tile_;
   const int64_t kv_head_, key_block_;
-  std::optional<Place> next_tile_;
+  Place next_tile_ = {.batch = 0, .kv_head = 0, .row = -1};  // -1: none
+  bool ends_tile_ = false;
   Rows k_, v_, q_, state_;
   int64_t parts_ = 1, part_ = 0, rows_per_tile_ = 0;
 };

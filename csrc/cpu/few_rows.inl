@@ -162,7 +162,7 @@ class FewRows {
 
   template <typename Row>
   RA_INLINE void fetch(const Row* row, int64_t count) const {
-    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Row)); at += 64) {
+    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Row)); at += kCacheLine) {
       __builtin_prefetch(
           reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + ahead_ + at));
     }

@@ -73,7 +73,7 @@ class Forward {
       const Place place = place_of(task);
       Forward kernel(parts.params(part), shape, tile_rows, place);
       const int64_t next = task + parallel.threads;  // this thread's, if threads take turns
-      if (next < count) kernel.fetcher_.set_next_tile(place_of(next));
+      if (parts.count() == 1 && next < count) kernel.fetcher_.set_next_tile(place_of(next));
       kernel.fold(place.row, std::min(tile_rows, rows - place.row), parts.begin(part),
                   parts.end(part));
     });
@@ -111,17 +111,17 @@ class Forward {
   void fold(int64_t first, int64_t count, int64_t keys_begin, int64_t keys_end) {
     [[maybe_unused]] const typename Arch::Session session;
     tile_.move_to(first, count);
-    q_rows_ = tile_.rows_of(p_.q, p_.q_stride);
+    tile_.rows_of(p_.q, p_.q_stride);
     std::fill_n(loaded_, tile_.panels(), false);
     int64_t offset = 0;
     for (int64_t i = 0; i < p_.num_blocks; ++i) {
       const KVBlock& block = p_.blocks[i];
       for (int64_t n = 0; n < block.intervals; ++n) {
         tile_.see(block, n);
-        const int64_t begin = std::max(tile_.extent.begin, keys_begin - offset);
-        const int64_t end = std::min(tile_.extent.end, keys_end - offset);
+        const int64_t begin = std::max(tile_.span.begin, keys_begin - offset);
+        const int64_t end = std::min(tile_.span.end, keys_end - offset);
         for (int64_t from = begin / key_block_ * key_block_; from < end; from += key_block_) {
-          fold_keys(block, from);
+          fold_keys(block, n, from);
         }
       }
       offset += round_up(block.k_len, key_block_);
@@ -135,14 +135,14 @@ class Forward {
     }
   }
 
-  // One key block into every panel that sees it.
-  void fold_keys(const KVBlock& block, int64_t from) {
+  // One key block, of intervals n, into every panel that sees it.
+  void fold_keys(const KVBlock& block, int64_t n, int64_t from) {
     const int64_t count = std::min(key_block_, block.k_len - from);
     const int64_t touching = tile_.touching(from, count);
     if (touching == 0) return;
     bool marks[Arch::kMaxKeyBlock];
     const bool* unseen = tile_.mark_unseen(from, count, marks);
-    const int64_t begin = tile_.extent.begin - from, end = tile_.extent.end - from;
+    const int64_t begin = tile_.span.begin - from, end = tile_.span.end - from;
     KeyBlock<Arch> keys;
     keys.set(first_row(block.k, block.k_stride, from), block.k_stride.row, count, begin, end,
              unseen);
@@ -150,15 +150,12 @@ class Forward {
     keys.set(first_row(block.v, block.v_stride, from), block.v_stride.row, count, begin, end,
              unseen);
     const Operand<Unit> v = keys.as_columns(p_.v_head_dim, v_copy_, v_transposed_);
-    fetcher_.begin_keys(block, from + key_block_, touching);
+    fetcher_.begin_keys(block, n, from + key_block_, touching);
     for (int64_t u = 0; u < tile_.panels(); ++u) {
       if (!tile_.extents[u].touches(from, from + count)) continue;
       const KeyRange<Arch> range(tile_.extents[u], from, keys.padded, tile_.lanes(u));
-      fetcher_.begin_panel();
-      if (!loaded_[u]) {
-        load(u);
-        fetcher_.begin_first_of_panel(u, range);
-      }
+      fetcher_.begin_panel(u, range, !loaded_[u]);
+      if (!loaded_[u]) load(u);
       if (!tile_.extents[u].covers(from, from + keys.padded) ||
           !panel_of(u, from, range).has_reference(0, tile_.lanes(u))) {
         tile_.bound(u, from, count);
@@ -170,12 +167,14 @@ class Forward {
 
   void load(int64_t u) {
     const int64_t panel = tile_.panel;
-    Unit* q = q_ + u * panel * units_;
-    transpose_rows<Arch>(q_rows_ + u * panel, tile_.lanes(u), p_.head_dim, units_, q, panel);
+    Unit* q = q_of(u);
+    transpose_rows<Arch>(tile_.source + u * panel, tile_.lanes(u), p_.head_dim, units_, q, panel);
     score_units_.scale_queries(q, panel * units_);
     state_.load(u);
     loaded_[u] = true;
   }
+
+  Unit* q_of(int64_t u) const { return q_ + u * tile_.panel * round_up(units_, kLanes); }
 
   const Elem* first_row(const void* data, const Strides& stride, int64_t from) const {
     return static_cast<const Elem*>(data) + tile_.batch * stride.batch + kv_head_ * stride.head +
@@ -258,7 +257,7 @@ class Forward {
   __attribute__((noinline)) void fold_scores(int64_t u, Operand<Unit> keys, Panel panel,
                                              int64_t begin, int64_t end) {
     for_tiles<Arch, 2>(
-        end - begin, tile_.lanes(u), units_, keys, {q_ + u * tile_.panel * units_, tile_.panel},
+        end - begin, tile_.lanes(u), units_, keys, {q_of(u), tile_.panel},
         [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
             __attribute__((always_inline)) {
               to_log2_units<kCapped>(scores, panel.units);
@@ -382,8 +381,7 @@ class Forward {
     const bool capped = p_.softcap != 0.0;
     std::fill_n(block_l_, width, -kInfinity);
     tile_.bound(u, from, key_block_);
-    for_tiles<Arch, 2>(range.count(), width, units_, k.at(range.begin, 0),
-                       {q_ + u * tile_.panel * units_, tile_.panel},
+    for_tiles<Arch, 2>(range.count(), width, units_, k.at(range.begin, 0), {q_of(u), tile_.panel},
                        [&]<int kRows, int kVecs>(V(&scores)[kRows][kVecs], int64_t i, int64_t lane)
                            __attribute__((always_inline)) {
                              if (capped) {
@@ -428,12 +426,11 @@ class Forward {
   QueryTile<Arch> tile_;
   TileState<Arch> state_;
   Fetcher<Arch> fetcher_;
-  const Elem* const* q_rows_;  // [rows]
-  bool* loaded_;               // [panels]
-  Unit* q_;                    // Q^T [panels][units][panel], scaled
-  State* block_l_;             // [panel] sums of the key block in hand
-  Unit* p_units_;              // P^T [key block / pair][panel]
-  Unit* k_copy_;               // where K and V cannot be used as they lie
+  bool* loaded_;    // [panels]
+  Unit* q_;         // Q^T [panels][units, padded][panel], scaled
+  State* block_l_;  // [panel] sums of the key block in hand
+  Unit* p_units_;   // P^T [key block / pair][panel]
+  Unit* k_copy_;    // where K and V cannot be used as they lie
   Unit* v_copy_;
   Unit* v_transposed_;
   Scratch scratch_;  // owns all of these

@@ -32,13 +32,15 @@ RA_INLINE double log2_of(float x) {
   return exponent + series * s;
 }
 
-// lse of a state, -inf if it saw no key.
+// lse of a state, -inf if it saw no key (l = 0, m = -inf).
 RA_INLINE float log_sum_exp(float m, float l) {
   const double lse = (double{m} + log2_of(l)) * 0.69314718055994530942;
-  const uint32_t bits = std::bit_cast<uint32_t>(l);
-  const bool ordinary = bits - 1 < 0x7f7fffff;
-  const uint32_t special = bits == 0 ? 0xff800000 : bits;  // -inf; inf and NaN are their own
-  return static_cast<float>(lse) + std::bit_cast<float>(ordinary ? uint32_t{0} : special);
+  // Added for the other numbers, not chosen, because a compiler keeps branches between floats:
+  // log 0 = -inf, log inf = inf, and NaN.
+  const uint32_t bits = std::bit_cast<uint32_t>(l), inf = 0x7f800000, nan = 0x7fc00000;
+  const uint32_t special = bits << 1 == 0 ? inf | 0x80000000 : bits == inf ? inf : nan;
+  const bool positive_finite = bits - 1 < inf - 1;
+  return static_cast<float>(lse) + std::bit_cast<float>(positive_finite ? 0 : special);
 }
 RA_INLINE double log_sum_exp(double m, double l) {
   if (l == 0) return -std::numeric_limits<double>::infinity();

@@ -207,13 +207,5 @@ struct KeyBlock {
   bool near_, holes_;
 };
 
-// To be written soon.
-template <typename T>
-RA_INLINE void fetch_row(T* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
-    __builtin_prefetch(row + i, 1);
-  }
-}
-
 }  // namespace
 }  // namespace ring_attention::cpu

@@ -117,8 +117,12 @@ struct QueryRows {
 };
 
 // What a run of query rows sees of a K/V block: the union and the intersection of its intervals.
-struct Extent {
-  int64_t begin = std::numeric_limits<int64_t>::max(), end = 0;            // some row sees
+struct Span {
+  int64_t begin = std::numeric_limits<int64_t>::max(), end = 0;  // some row sees
+
+  bool touches(int64_t from, int64_t to) const { return begin < to && from < end; }
+};
+struct Extent : Span {
   int64_t full_begin = 0, full_end = std::numeric_limits<int64_t>::max();  // all rows see
   bool whole = true;  // each key of [begin, end) is seen by some row; false: perhaps not
 
@@ -129,7 +133,6 @@ struct Extent {
     full_begin = std::max(full_begin, row_begin);
     full_end = std::min(full_end, row_end);
   }
-  bool touches(int64_t from, int64_t to) const { return begin < to && from < end; }
   bool covers(int64_t from, int64_t to) const { return full_begin <= from && to <= full_end; }
 };
 

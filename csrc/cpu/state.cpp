@@ -51,7 +51,8 @@ void finish_row(const ForwardParams& p, int64_t row) {
   Elem* out = static_cast<Elem*>(p.out) + offset(row, p.heads, p.q_len, p.out_stride);
   const State inverse = l == 0 ? State{0} : State{1} / l;
   for (int64_t d = 0; d < p.v_head_dim; ++d) narrow(acc[d] * inverse, out[d]);
-  static_cast<State*>(p.lse)[row] = log_sum_exp(m, l);
+  static_cast<State*>(p.lse)[row] =
+      log_sum_exp(l == 0 ? -std::numeric_limits<State>::infinity() : m, l);
 }
 
 template <typename Elem>

@@ -24,7 +24,7 @@ struct QueryTile {
   int64_t* begin;        // [rows] intervals of the block in hand
   int64_t* end;          // [rows]
   Extent* extents;       // [rows / panel]
-  Extent extent;         // of the whole tile: its begin and end
+  Span span;             // of the whole tile
   const Elem** source;   // [rows]
   State* low;            // [panel] intervals relative to the key block in hand
   State* high;           // [panel]
@@ -95,7 +95,7 @@ struct QueryTile {
   // for no mask of its own.
   void see(const KVBlock& block, int64_t n) {
     const Intervals intervals(block, n, batch);
-    extent = {};
+    span = {};
     for (int64_t u = 0; u < panels(); ++u) {
       Extent seen_of_panel;
       for (int64_t i = u * panel; i < (u + 1) * panel; ++i) {
@@ -105,8 +105,8 @@ struct QueryTile {
         seen_of_panel.add(seen.begin, seen.end);
       }
       extents[u] = seen_of_panel;
-      extent.begin = std::min(extent.begin, seen_of_panel.begin);
-      extent.end = std::max(extent.end, seen_of_panel.end);
+      span.begin = std::min(span.begin, seen_of_panel.begin);
+      span.end = std::max(span.end, seen_of_panel.end);
     }
   }
 
@@ -139,6 +139,14 @@ struct QueryTile {
     }
   }
 };
+
+// To be written soon.
+template <typename T>
+RA_INLINE void fetch_row(T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + i, 1);
+  }
+}
 
 // Calls visit(row, numbers, to) for every real row of panel u, given as X^T [dim][panel], turning
 // kLanes rows at a time in `scratch` [kLanes][dim]. to = target(row) is where they are written,

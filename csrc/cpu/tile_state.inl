@@ -134,33 +134,33 @@ class TileState {
   }
 
   void write_output(int64_t u) {
+    m_to_lse(u);
     for_transposed<Arch>(
         tile_, u, acc_of(u), v_rows, row_, [&](int64_t i) { return out_row(i); },
-        [&, lse = log_sums(u)](int64_t i, const State* sums, Elem* to) {
+        [&](int64_t i, const State* sums, Elem* to) {
           scale_row<Arch>(sums, p_.v_head_dim, inverse(l[i]), to);
-          lse_row(i) = lse[i];
+          lse_row(i) = m[i];
         });
   }
 
   // From the state to the output as the rows lie.
   void finish(int64_t u) {
     load_sums(u);
-    const State* lse = log_sums(u);
+    m_to_lse(u);
     for (int64_t i = u * tile_.panel; i < (u + 1) * tile_.panel; ++i) {
       if (!tile_.real(i)) continue;
       scale_row<Arch>(acc_row(i), p_.v_head_dim, inverse(l[i]), out_row(i));
-      lse_row(i) = lse[i];
+      lse_row(i) = m[i];
     }
   }
 
   static State inverse(State x) { return x == 0 ? State{0} : State{1} / x; }
 
-  // lse of a panel's rows, instead of m: in vectors.
-  const State* log_sums(int64_t u) {
+  // Replaces m of a panel by lse: in vectors.
+  void m_to_lse(int64_t u) {
     State* __restrict lse = m + u * tile_.panel;
     const State* __restrict sums = l + u * tile_.panel;
     for (int64_t i = 0; i < tile_.panel; ++i) lse[i] = log_sum_exp(lse[i], sums[i]);
-    return m;
   }
 
   const ForwardParams& p_;
