@@ -99,7 +99,7 @@ def late(batch: int, q_len: int, k_len: int, first: int = 75) -> Interval:
     return stacked((4 * rows + first, 4 * rows + first + 445))
 
 
-def rising(batch: int, q_len: int, k_len: int) -> Interval:
+def descending(batch: int, q_len: int, k_len: int) -> Interval:
     """The later a row, the earlier its keys begin: of a tile the last panels see the first key."""
     begin = k_len - 1 - torch.arange(q_len) * k_len // q_len
     return stacked((begin.expand(batch, -1), torch.full((batch, q_len), k_len)))

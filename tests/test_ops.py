@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bounds import assert_matches_reference, error, rms_error, ulp
 from conftest import DEVICE
-from intervals import MASKS, bottom_right, causal, each_mask, first_and_window, full, rising
+from intervals import MASKS, bottom_right, causal, descending, each_mask, first_and_window, full
 from problems import (
     DTYPES,
     HEAD_DIMS,
@@ -82,7 +82,7 @@ def test_error_of_scores_beyond_a_hundred(dtype: torch.dtype) -> None:
 
 @pytest.mark.isa
 @each_low
-@pytest.mark.parametrize("mask", [first_and_window, rising], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("mask", [first_and_window, descending], ids=lambda m: m.__name__)
 def test_many_tiles(mask: Any, dtype: torch.dtype) -> None:
     """Longer than any tile or chunk of the kernels, and no multiple of one; so many that tiles have
     as many panels as they may, which see their first keys in either order."""

@@ -414,8 +414,8 @@ class Backward {
     if constexpr (kInPlace<Arch> && kPair == 1) {
       const bool aligned = reinterpret_cast<uintptr_t>(source[0]) % sizeof(V) == 0;
       const bool dense = stride.row == dim && dim <= kLaneBlock;
-      if (aligned && dense && width == dim && tile_.evenly_spaced(0, tile_.rows))
-        return {source[0], dim};
+      const bool even = tile_.evenly_spaced(0, tile_.rows);
+      if (aligned && dense && width == dim && even) return {source[0], dim};
     }
     return interleave_lanes<Arch>(source, tile_.rows, dim, copy);
   }
