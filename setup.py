@@ -49,6 +49,8 @@ NO_LINES = ["-Xptxas=-suppress-debug-info"]
 # One PTX for all GPUS, that which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
 GPUS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 PTX = "compute_80"  # for whatever comes later
+# Kernels of Hopper's own instructions are for it alone, by another PTX.
+HOPPER, HOPPER_PTX = "sm_90a", "compute_90a"
 READABLE = ["--compress-mode=none"]  # PTX as the virtual GPU reads it
 # For `make sanitize`. -g1: lines for the reports; the variables too would take the compiler long.
 # -fno-wrapv: Python's own flags have -fwrapv, under which no overflow of integers is reported.
@@ -104,6 +106,28 @@ def objects(build: str) -> list[str]:
             f"{build}, found {len(found)}; make cuda, or set RING_ATTENTION_PTXVM=1"
         )
     return found
+
+
+class Build(BuildExtension):
+    """Compiles kernels in folders named sm90 for that GPU alone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        hopper = [file for file in ext.sources if "/sm90/" in file]
+        if hopper:
+            ext.sources = [file for file in ext.sources if file not in hopper]
+            common = ext.extra_compile_args["nvcc"]
+            codes = [HOPPER_PTX] if PTXVM else [HOPPER, HOPPER_PTX] if ONLY_CUDA else [HOPPER]
+            nvcc = [flag for flag in common if not flag.startswith("-gencode")]
+            nvcc += [f"-gencode=arch={HOPPER_PTX},code={code}" for code in codes]
+            ext.extra_objects += self.compiler.compile(
+                hopper,
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs={**ext.extra_compile_args, "nvcc": nvcc},
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
 
 
 def extension(
@@ -194,4 +218,4 @@ names = ", ".join(module.name.split(".")[1] for module in modules)
 with_what = ", AVX-512 and AMX emulated" if EMULATED else ""
 with_what += ", with sanitizers" if SANITIZE else ""
 print(f"ring_attention: building {names} ({why}){with_what}")
-setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=modules, cmdclass={"build_ext": Build})

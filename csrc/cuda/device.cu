@@ -19,7 +19,8 @@ Device device_of(int ordinal) {
   Device& device = known[static_cast<size_t>(ordinal)];
   if (device.sm_count == 0) {
     device = {.sm_count = ask(cudaDevAttrMultiProcessorCount),
-              .smem_optin_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+              .smem_optin_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+              .hopper = ask(cudaDevAttrComputeCapabilityMajor) == 9};
   }
   return device;
 }

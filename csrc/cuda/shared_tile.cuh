@@ -31,6 +31,8 @@ struct TileLayout {
   static RA_DEVICE uint32_t offset(int row, int chunk) {
     return row * kRowBytes + (chunk / kGroup * kGroup + ((chunk ^ swizzle(row)) % kGroup)) * 16;
   }
+  // From a chunk of the first group to that of its place in the group of chunk `chunk`.
+  static constexpr RA_DEVICE uint32_t panel(int chunk) { return chunk / kGroup * kGroup * 16; }
   // From the offset of chunk 0 or 1 of a row to that of the chunk `chunks` (even) later.
   static RA_DEVICE uint32_t advance(uint32_t offset, int chunks) {
     return (offset ^ chunks % kGroup * 16) + chunks / kGroup * kGroup * 16;
@@ -88,16 +90,15 @@ struct ColumnOperand {
 
 // ---- Copies, of rows that lie on 16 bytes: launchers see to that.
 
-// How the threads of a block share the copy of a tile: 128 or 64 neighbouring bytes of a row are
-// copied together, and a thread's rows are a multiple of eight apart, so that its swizzle is one
-// number.
-template <int kDim, int kThreads>
+// How kThreads threads with successive numbers share the copy of a tile: 128 or 64 neighbouring
+// bytes of a row are copied together, and a thread's rows are a multiple of eight apart, so that
+// its swizzle is one number.
+template <typename Layout, int kThreads>
 struct TileCopy {
-  using Layout = TileLayout<kDim>;
   static constexpr int kStep = kThreads / Layout::kGroup;  // rows at a time
   static_assert(kStep % 8 == 0);
 
-  static RA_DEVICE int row() { return threadIdx.x / Layout::kGroup; }
+  static RA_DEVICE int row() { return threadIdx.x % kThreads / Layout::kGroup; }
   static RA_DEVICE int chunk() { return threadIdx.x % Layout::kGroup; }
 
   // Rows [0, kRows) from source(row), null for a row of zeros; the source is asked once per row
@@ -113,7 +114,8 @@ struct TileCopy {
 #pragma unroll
       for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
         const bool there = from != nullptr && (c + chunk()) * 8 < dim;
-        cp_async_16(to + r * Layout::kRowBytes + c * 16, from + (c + chunk()) * 16, there ? 16 : 0);
+        cp_async_16(to + r * Layout::kRowBytes + Layout::panel(c), from + (c + chunk()) * 16,
+                    there ? 16 : 0);
       }
     }
   }
@@ -133,7 +135,7 @@ struct TileCopy {
 #pragma unroll
       for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
         const int bytes = there && (c + chunk()) * 8 < dim ? 16 : 0;
-        cp_async_16(to + r * Layout::kRowBytes + c * 16, at + c * 16, bytes);
+        cp_async_16(to + r * Layout::kRowBytes + Layout::panel(c), at + c * 16, bytes);
       }
     }
   }

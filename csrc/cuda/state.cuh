@@ -60,9 +60,9 @@ struct RowState {
   // Sees to it that scores up to `most` can be taken: see Note [lazy reference]. Returns the factor
   // that acc is to be shrunk by.
   RA_DEVICE float raise(float most, float lazy_max) {
-    if (!(most > m + lazy_max)) return 1.0f;
-    const float shrink = exp2_approx(m - most);
-    m = most;
+    const bool raised = most > m + lazy_max;
+    const float shrink = raised ? exp2_approx(m - most) : 1.0f;
+    m = raised ? most : m;
     l *= shrink;
     return shrink;
   }

@@ -78,8 +78,8 @@ constexpr int kRowUnits = kDim * static_cast<int>(sizeof(Elem)) / 2;
 template <typename Plan>
 struct Rows {
   using Elem = typename Plan::Element;
-  using Wide = TileCopy<kRowUnits<Elem, Plan::kDim>, Plan::kThreads>;
-  using VWide = TileCopy<kRowUnits<Elem, Plan::kVDim>, Plan::kThreads>;
+  using Wide = TileCopy<TileLayout<kRowUnits<Elem, Plan::kDim>>, Plan::kThreads>;
+  using VWide = TileCopy<TileLayout<kRowUnits<Elem, Plan::kVDim>>, Plan::kThreads>;
   static constexpr int kUnits = kRowUnits<Elem, 1>;  // columns of a tile per element
 
   static RA_DEVICE const char* of_head(const void* data, const Strides& bytes, int sample,

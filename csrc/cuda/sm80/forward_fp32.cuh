@@ -52,7 +52,8 @@ class ForwardFp32 {
   // Folds the runs from `first` on; returns whether there are more than were planned.
   RA_DEVICE bool fold_runs(int first) {
     __syncthreads();
-    smem_.plan.template make<Tile::kRows, kKeys>(call_.blocks, tile_, first, sizeof(float), part_);
+    smem_.plan.template make<Tile::kRows, kKeys>(call_.blocks, tile_, first, sizeof(float), part_,
+                                                 Tile::kThreads / 32);
     __syncthreads();
     for (KeyCursor<kKeys> tile(smem_.plan); !tile.done(); tile.next(smem_.plan)) {
       const KeyRun& run = smem_.plan.run(tile.run);
@@ -143,7 +144,7 @@ class ForwardFp32 {
   }
 
   RA_DEVICE void clear_unseen_values(const KeyRun& run, int from) const {
-    for_unseen_keys<Tile::kRows, kKeys>(run, tile_, from, [&](int key) {
+    for_unseen_keys<Tile::kRows, kKeys>(run, tile_, from, Tile::kThreads / 32, [&](int key) {
       for (int d = lane_; d < call_.params.v_head_dim; d += 32) smem_.keys[key * kPitch + d] = 0.0f;
     });
   }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Forward calls, cut into launches: see launch.h. Kernels are instantiated in files of their own.
-#include "../launch.h"
-#include "config.h"
-#include "forward_launch.h"
+#include "launch.h"
+#include "sm80/forward_launch.h"
+#include "sm90/forward_launch.h"
 
 namespace ring_attention::cuda {
 namespace {
@@ -24,6 +24,11 @@ cudaError_t visit_kernel(const ForwardParams& p, const Device& device, const Vis
   const TileFor use = tile_for(p, device);
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
     const auto visit = [&]<typename Elem>(Elem) {
+      if (use == TileFor::kLargeSmem && device.hopper) {
+        const sm90::ForwardShape shape = sm90::forward_shape<Dims::kQk, Dims::kV>();
+        const TileSize tile = {.rows = shape.rows, .keys = shape.keys, .blocks = 1};
+        return visitor(tile, sm90::launch_forward<Elem, Dims>);
+      }
       const sm80::ForwardShape shape = sm80::forward_shape<Dims::kQk, Dims::kV>(use);
       const TileSize tile = {.rows = shape.rows(), .keys = shape.keys, .blocks = shape.blocks};
       return visitor(tile, [use](const ForwardCall& call, cudaStream_t stream) {

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "forward.cuh"
+
+namespace ring_attention::cuda::sm90 {
+
+template cudaError_t launch_forward<BFloat16, HeadDims<96, 96>>(const ForwardCall&, cudaStream_t);
+
+}  // namespace ring_attention::cuda::sm90
