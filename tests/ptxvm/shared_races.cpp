@@ -61,12 +61,12 @@ void SharedRaces::check_writer(const Accessor& by, uint32_t cell, bool subword, 
 
 // Of a write that is ordered before.
 void SharedRaces::check_proxy(const Accessor& by, uint32_t cell) const {
-  const uint32_t epoch = write_epoch_[cell], thread = write_thread_[cell] & kThread;
-  const uint32_t warp = thread / kLanes;
+  const uint32_t epoch = write_epoch_[cell], warp = (write_thread_[cell] & kThread) / kLanes;
   if (epoch <= base_ || by.clock.fences[warp] > write_fences_[cell] ||
       by.clock.proxied[warp] >= epoch)
     return;
-  throw Fault("race of proxies in shared memory: wgmma of what " + thread_name(thread) +
+  throw Fault("race of proxies in shared memory: wgmma of what " +
+                  thread_name(write_thread_[cell] & kThread) +
                   " wrote, no fence.proxy.async between",
               by.lane, write_instruction_[cell]);
 }
@@ -175,14 +175,21 @@ void SharedRaces::end_copy(const Accessor& by, uint32_t offset, uint32_t bytes) 
 }
 
 void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {
+  uint32_t epoch = base_, warp = 0, fences = 0;  // of a write that was found to be in order
   for (uint32_t offset : offsets) {
     for (uint32_t cell = offset / 4; cell < offset / 4 + 4; ++cell) {
+      const uint32_t writer = (write_thread_[cell] & kThread) / kLanes;
+      if (write_epoch_[cell] == epoch && writer == warp && write_fences_[cell] == fences) continue;
       if (write_epoch_[cell] - base_ - 1 >= by.clock.settled - base_) {
         if (uninitialised_ && write_epoch_[cell] <= base_)
           throw Fault("uninitialised shared memory: wgmma of what nobody in the block wrote");
         check_writer(by, cell, false, "wgmma of");
       }
       check_proxy(by, cell);
+      if (write_epoch_[cell] <= base_) continue;
+      epoch = write_epoch_[cell];
+      warp = writer;
+      fences = write_fences_[cell];
     }
     AsyncReads& reads = async_reads_[offset / 16];
     ++reads.in_flight;

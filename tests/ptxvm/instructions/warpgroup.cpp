@@ -48,21 +48,22 @@ std::vector<uint32_t> pieces_of(Warp& warp, uint64_t bits, uint32_t rows, bool m
   const uint32_t within = d.start % d.width, width = d.width;
   if (within != 0 && within + (mn_major ? rows * 2 : 32) > width)
     throw Fault("wgmma: a descriptor's matrix leaves the bytes of the swizzle's width");
+  const bool swizzled = width != 16;
+  const uint32_t next_half = !swizzled ? d.leading : mn_major ? d.stride : 16;  // 8 further in K
   std::vector<uint32_t> pieces;
   pieces.reserve(2 * rows);
-  for (uint32_t row = 0; row < rows; row += 8)
+  for (uint32_t row = 0; row < rows; row += 8) {
+    uint32_t begin = d.start;
+    if (mn_major && swizzled)
+      begin += row / (width / 2) * d.leading + row % (width / 2) * 2;
+    else
+      begin += row / 8 * d.stride;
     for (uint32_t i = 0; i < 16; ++i) {
-      uint32_t at;
-      if (mn_major)
-        at = width == 16 ? row / 8 * d.stride + i / 8 * d.leading + i % 8 * 16
-                         : row / (width / 2) * d.leading + row % (width / 2) * 2 +
-                               i / 8 * d.stride + i % 8 * width;
-      else
-        at = row / 8 * d.stride + i % 8 * width + i / 8 * (width == 16 ? d.leading : 16);
-      at += d.start;
+      uint32_t at = begin + i % 8 * width + i / 8 * next_half;
       at ^= (at >> 7 & (width / 16 - 1)) << 4;
       pieces.push_back(shared_address(warp, at, 16, -1) - kSharedBegin);
     }
+  }
   return pieces;
 }
 
