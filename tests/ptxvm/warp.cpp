@@ -67,7 +67,8 @@ void Warp::step() {
       instruction.guard < 0 ? here : here & predicate(static_cast<uint32_t>(instruction.guard));
   const uint32_t next = pc_ + 1;
   program_.executed[pc_] += lanes != 0;
-  if (instruction.watched && lanes != 0) products.touch(program_.watched_uses[pc_]);
+  if (instruction.watched && lanes != 0)
+    products.touch(program_.watched_uses[pc_], lanes == alive_);
   const Flow flow = lanes == 0 ? Flow::kNext : instruction.run(*this, instruction, lanes);
   if (flow == Flow::kNext) return advance(here, next);
   if (flow == Flow::kRetry) return;

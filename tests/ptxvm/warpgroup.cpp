@@ -26,13 +26,14 @@ void ProductsInFlight::refuse(const std::string& what, uint32_t index) const {
   throw Fault(what + " " + name + ", which was written since the last wgmma.fence");
 }
 
-void ProductsInFlight::touch(const std::vector<WatchedUse>& uses) {
+void ProductsInFlight::touch(const std::vector<WatchedUse>& uses, bool all_lanes) {
   for (const WatchedUse& use : uses) {
     Register& one = registers_[use.index];
     if (one.in_d != 0 || one.in_a != 0)
       refuse(use.kind == WatchedUse::kRead ? "read of" : "write to", use.index);
     if (use.kind == WatchedUse::kWrite) one.written = true;
-    if (use.kind == WatchedUse::kCopy) one.written = registers_[use.from].written;
+    if (use.kind == WatchedUse::kCopy)
+      one.written = registers_[use.from].written || (one.written && !all_lanes);
   }
 }
 

@@ -43,8 +43,8 @@ class ProductsInFlight {
   explicit ProductsInFlight(Warp& warp) : warp_(warp) {}
 
   void start(size_t watched_registers);
-  // An instruction that is no wgmma names watched registers. Throws Fault.
-  void touch(const std::vector<WatchedUse>& uses);
+  // An instruction that is no wgmma names watched registers, for all lanes or some. Throws Fault.
+  void touch(const std::vector<WatchedUse>& uses, bool all_lanes);
   void fence();
   // The registers are D's, then A's. Throws Fault.
   void issue(Product product, const std::vector<WatchedUse>& registers);
