@@ -25,6 +25,7 @@ void Block::start() {
   }
   races.start(last_epoch_);
   for (auto& barrier : barriers_) barrier = {};
+  for (auto& steps : steps_) steps.clear();
   for (auto& warp : warps_) warp->start(last_epoch_);
 }
 
@@ -36,6 +37,9 @@ void Block::run(uint32_t block_number) {
   schedule();
   for (const auto& warp : warps_) {
     if (warp->copies_in_flight()) fail(warp.get(), Fault("exit with a cp.async not waited for"));
+    if (warp->products.in_flight()) fail(warp.get(), Fault("exit with a wgmma not waited for"));
+    if (warp->products.steps != warps_[warp->id / 4 * 4]->products.steps)
+      fail(warp.get(), Fault("wgmma: not executed by all four warps of the warpgroup"));
     last_epoch_ = std::max(last_epoch_, warp->clock.now());
   }
 }
@@ -89,8 +93,7 @@ bool Block::arrive(Warp& warp, uint32_t id, uint32_t threads, bool waits) {
   } else if (barrier.expected != threads) {
     throw Fault("barrier " + std::to_string(id) + ": warps disagree on its thread count");
   }
-  for (size_t i = 0; i < barrier.known.size(); ++i)
-    barrier.known[i] = std::max(barrier.known[i], warp.clock.known[i]);
+  barrier.known.join(warp.clock);
   warp.clock.next_epoch();
   barrier.arrived += kLanes;
   if (barrier.expected != 0 && barrier.arrived > barrier.expected)
@@ -117,6 +120,21 @@ void Block::complete_if_full(Barrier& barrier) {
   barrier.arrived = 0;
 }
 
+void Block::agree(Warp& warp, const WarpgroupStep& step) {
+  const size_t group = static_cast<size_t>(warp.id) / 4;
+  if (4 * group + 4 > warps_.size()) throw Fault("wgmma: fewer than four warps in the warpgroup");
+  steps_.resize(warps_.size() / 4);
+  std::vector<WarpgroupStep>& steps = steps_[group];
+  const size_t mine = warp.products.steps++;
+  if (mine == steps.size()) return steps.push_back(step);
+  const WarpgroupStep& others = steps[mine];
+  if (others.instruction != step.instruction)
+    throw Fault("wgmma: another warp of the warpgroup executed another one", -1, others.instruction,
+                "that one is");
+  if (others != step)
+    throw Fault("wgmma: warps of the warpgroup disagree on descriptors or scale-d");
+}
+
 void Block::vote(uint32_t id, uint32_t for_it, uint32_t threads) {
   if (id >= barriers_.size()) return;  // arrive() will say so
   barriers_[id].votes.for_it += for_it;
@@ -127,8 +145,9 @@ void Block::fail(const Warp* warp, const Fault& fault) const {
   const Program& program = launch.program;
   const size_t pc = std::min<size_t>(warp->pc(), program.code.size() - 1);
   std::string text = fault.what();
-  if (fault.writer >= 0)
-    text += "; written at " + program.place_of(static_cast<size_t>(fault.writer));
+  if (fault.other >= 0)
+    text += std::string("; ") + fault.other_did + " at " +
+            program.place_of(static_cast<size_t>(fault.other));
   text += "\n  kernel " + demangled(program.name) + "\n  at " + program.place_of(pc) +
           "\n  block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
           std::to_string(index.z) + "), warp " + std::to_string(warp->id);

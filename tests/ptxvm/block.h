@@ -34,6 +34,9 @@ class Block {
 
   // bar.sync and bar.arrive: threads 0 means all. True: the warp waits.
   bool arrive(Warp& warp, uint32_t barrier, uint32_t threads, bool waits);
+  // A warp executes a wgmma instruction. Throws Fault unless the others of its warpgroup do the
+  // same.
+  void agree(Warp& warp, const WarpgroupStep& step);
   // For bar.red, before its arrival; warps find the sums when they resume.
   void vote(uint32_t barrier, uint32_t for_it, uint32_t threads);
 
@@ -45,7 +48,7 @@ class Block {
  private:
   struct Barrier {
     uint32_t arrived = 0, expected = 0;  // threads; expected 0: all
-    std::vector<uint32_t> known;         // joined clocks of who arrived
+    Knowledge known;                     // of all who arrived
     std::vector<Warp*> waiting;
     Votes votes;
   };
@@ -59,6 +62,7 @@ class Block {
   std::vector<uint8_t> shared_;
   std::vector<std::unique_ptr<Warp>> warps_;
   std::array<Barrier, 16> barriers_;
+  std::vector<std::vector<WarpgroupStep>> steps_;  // by warpgroup: what its first warp executed
   uint32_t last_epoch_ = 0;
 };
 

@@ -31,7 +31,8 @@ def compile_object(source: Path) -> Path:
     if target.exists() and target.stat().st_mtime > newest:
         return target
     if source.suffix == ".cu":
-        command = [str(NVCC), "-std=c++20", *PTX]
+        arch = "90a" if source.stem.endswith("_90a") else "80"
+        command = [str(NVCC), "-std=c++20", *(x.replace("_80", f"_{arch}") for x in PTX)]
     else:
         command = [*CXX, "-isystem", str(TOOLKIT)]
     result = subprocess.run(

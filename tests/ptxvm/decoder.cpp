@@ -81,6 +81,7 @@ std::vector<uint32_t> Decoder::sources(size_t i, bool wide) {
     const Place place = parse_number(text, wide, value) ? symbols_.constant(value, wide)
                                                         : symbols_.find(text, wide);
     require_register(place, wide);
+    uses_.push_back({text, place.arg, false});
     rows.push_back(place.arg);
   }
   return rows;
@@ -96,6 +97,7 @@ std::vector<uint32_t> Decoder::destinations(size_t i, bool wide) {
   for (std::string_view text : elements(i)) {
     const Place place = text == "_" ? symbols_.sink(false) : symbols_.find(text, false);
     if (text != "_") require_register(place, wide);
+    uses_.push_back({text, place.arg, true});
     rows.push_back(place.arg);
   }
   return rows;
@@ -156,6 +158,7 @@ void Decoder::address(size_t i, size_t slot) {
       parse_number(text, true, value) ? symbols_.constant(value, true) : symbols_.find(text, true);
   if (symbols_.is_local(text) && instruction.space == Space::kParam)
     instruction.space = Space::kLocal;  // the argument of a call
+  uses_.push_back({text, place.arg, false});
   instruction.arg[slot] = place.arg;
   instruction.wide_address = place.wide;
 }

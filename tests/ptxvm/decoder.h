@@ -37,6 +37,13 @@ struct Type {
 
 Type parse_type(std::string_view word);
 
+// A register as an instruction's operand.
+struct RegisterUse {
+  std::string_view name;
+  uint32_t row;
+  bool written;
+};
+
 class Decoder {
  public:
   // statement: "add.s32 %r1, %r2, 3", without guard and semicolon.
@@ -74,6 +81,7 @@ class Decoder {
   bool is_vector(size_t i) const;
   bool is_number(size_t i) const;
   int64_t number(size_t i) const;
+  const std::vector<RegisterUse>& uses() const { return uses_; }
   // Sets arg[slot] and the displacement from "[%rd1+8]".
   void address(size_t i, size_t slot);
 
@@ -86,6 +94,7 @@ class Decoder {
   Symbols& symbols_;
   std::string_view statement_;
   std::vector<std::string_view> words_, operands_;
+  std::vector<RegisterUse> uses_;  // of the families that were asked
 };
 
 // Fills in the instruction, or returns false: not of this family.
@@ -108,5 +117,6 @@ void add_async_copies(Opcodes&);
 void add_matrix(Opcodes&);
 void add_collectives(Opcodes&);
 void add_barriers(Opcodes&);
+void add_warpgroup(Opcodes&);
 
 }  // namespace ptxvm

@@ -9,6 +9,7 @@
 
 #include "decoder.h"
 #include "fault.h"
+#include "watch.h"
 
 namespace ptxvm {
 namespace {
@@ -18,7 +19,7 @@ const Opcodes& opcodes() {
     Opcodes result;
     for (auto add : {add_arithmetic, add_bits, add_floating, add_halves, add_conversions,
                      add_comparisons, add_moves, add_control, add_memory, add_atomics,
-                     add_async_copies, add_matrix, add_collectives, add_barriers})
+                     add_async_copies, add_matrix, add_collectives, add_barriers, add_warpgroup})
       add(result);
     return result;
   }();
@@ -56,6 +57,7 @@ class BodyParser {
     add("ret", "");
     resolve_branches();
     program_.executed.assign(program_.code.size(), 0);
+    watch(program_, uses_);
     symbols_.finish();
   }
 
@@ -101,6 +103,7 @@ class BodyParser {
   void add(std::string_view text, std::string_view guard) {
     Instruction instruction;
     program_.text.push_back(std::string(text));
+    uses_.emplace_back();
     try {
       if (!guard.empty()) {
         const bool negated = guard.starts_with('!');
@@ -128,9 +131,16 @@ class BodyParser {
     const auto entry = opcodes().find(decoder.word(0));
     if (entry != opcodes().end()) {
       for (Decode decode : entry->second)
-        if (decode(decoder)) return;
+        if (decode(decoder)) {
+          uses_.back() = {decoder.uses(), decoder.word(0) == "wgmma", is_copy(decoder)};
+          return;
+        }
     }
     decoder.unsupported();
+  }
+
+  static bool is_copy(const Decoder& decoder) {
+    return decoder.word(0) == "mov" && decoder.uses().size() == 2 && !decoder.is_number(1);
   }
 
   // "1 16 5, function_name $L__info_string0, inlined_at 1 50 3"
@@ -175,6 +185,7 @@ class BodyParser {
   int scopes_ = 0;
   std::unordered_map<std::string, uint32_t> labels_;
   std::vector<Branch> branches_;
+  std::vector<InstructionUses> uses_;  // of each instruction
 };
 
 }  // namespace

@@ -45,6 +45,15 @@ struct Instruction {
   bool wide_address = true;  // 64 bits, and so on:
   bool wide_source = false;
   bool wide_destination = false;
+  bool watched = false;             // see WatchedUse
+  std::vector<uint32_t> registers;  // of a wgmma: D, then A if that is in registers
+};
+
+// Registers that some wgmma of a kernel names, and those copied into them, are watched.
+struct WatchedUse {
+  enum Kind : uint8_t { kRead, kWrite, kCopy } kind;
+  uint32_t index;     // in Program::watched
+  uint32_t from = 0;  // of a copy
 };
 
 struct SourceLine {
@@ -77,11 +86,13 @@ struct Program {
   // Of each instruction:
   std::vector<std::string> text;
   std::vector<SourceLine> lines;
-  std::vector<TextRange> statements;       // where it stands in the kernel's text
+  std::vector<TextRange> statements;  // where it stands in the kernel's text
+  std::vector<std::vector<WatchedUse>> watched_uses;
   mutable std::vector<uint64_t> executed;  // how often a warp ran it for some lane
 
   std::vector<uint8_t> registers;    // at the start: constants in place, the rest is poison
   std::vector<LaneMask> predicates;  // likewise
+  std::vector<std::string> watched;  // names of registers
   std::vector<SpecialRegister> specials;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;

@@ -26,7 +26,9 @@ SharedRaces::SharedRaces(uint32_t bytes, int warps)
       write_epoch_(cells_, 0),
       write_thread_(cells_, 0),
       write_instruction_(cells_, 0),
-      read_(static_cast<size_t>(cells_) * warps, 0) {}
+      write_fences_(cells_, 0),
+      read_(static_cast<size_t>(cells_) * warps, 0),
+      async_reads_(cells_ / 4 + 1) {}
 
 void SharedRaces::clear() {
   std::fill(write_epoch_.begin(), write_epoch_.end(), 0);
@@ -57,7 +59,23 @@ void SharedRaces::check_writer(const Accessor& by, uint32_t cell, bool subword, 
   }
 }
 
+// Of a write that is ordered before.
+void SharedRaces::check_proxy(const Accessor& by, uint32_t cell) const {
+  const uint32_t epoch = write_epoch_[cell], warp = (write_thread_[cell] & kThread) / kLanes;
+  if (epoch <= base_ || by.clock.fences[warp] > write_fences_[cell] ||
+      by.clock.proxied[warp] >= epoch)
+    return;
+  throw Fault("race of proxies in shared memory: wgmma of what " +
+                  thread_name(write_thread_[cell] & kThread) +
+                  " wrote, no fence.proxy.async between",
+              by.lane, write_instruction_[cell]);
+}
+
 void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword) {
+  if (const AsyncReads& reads = async_reads_[cell / 4]; reads.in_flight != 0)
+    throw Fault(
+        "race in shared memory: write over what a wgmma in flight may still read, not waited for",
+        by.lane, reads.instruction, "issued");
   for (int warp = 0; warp < warps_; ++warp) {
     const uint32_t last = read_[static_cast<size_t>(warp) * cells_ + cell];
     const uint32_t epoch = last >> kEpochShift;
@@ -83,6 +101,8 @@ void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword)
 bool SharedRaces::reads_settled(const Accessor& by, uint32_t begin, uint32_t end) const {
   const uint32_t later = (by.clock.settled + 1) << kEpochShift;
   bool settled = true;
+  for (uint32_t chunk = begin / 4; chunk <= (end - 1) / 4; ++chunk)
+    settled &= async_reads_[chunk].in_flight == 0;
   for (int warp = 0; warp < warps_; ++warp) {
     const uint32_t* reads = read_.data() + static_cast<size_t>(warp) * cells_;
     for (uint32_t cell = begin; cell < end; ++cell) settled &= reads[cell] < later;
@@ -94,6 +114,7 @@ void SharedRaces::set_writer(const Accessor& by, uint32_t cell, uint32_t flags) 
   write_epoch_[cell] = by.clock.now();
   write_thread_[cell] = static_cast<uint16_t>((by.clock.warp * kLanes + by.lane) | flags);
   write_instruction_[cell] = by.instruction;
+  write_fences_[cell] = by.clock.fences[by.clock.warp];
 }
 
 void SharedRaces::read(const Accessor& by, uint32_t offset, uint32_t bytes, Reader reader) {
@@ -147,8 +168,44 @@ void SharedRaces::begin_copy(const Accessor& by, uint32_t offset, uint32_t bytes
 }
 
 void SharedRaces::end_copy(const Accessor& by, uint32_t offset, uint32_t bytes) {
-  for (uint32_t cell = offset / 4; cell < (offset + bytes + 3) / 4; ++cell)
+  for (uint32_t cell = offset / 4; cell < (offset + bytes + 3) / 4; ++cell) {
     write_epoch_[cell] = by.clock.now();
+    write_fences_[cell] = by.clock.fences[by.clock.warp];
+  }
+}
+
+void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {
+  uint32_t epoch = base_, warp = 0, fences = 0;  // of a write that was found to be in order
+  for (uint32_t offset : offsets) {
+    for (uint32_t cell = offset / 4; cell < offset / 4 + 4; ++cell) {
+      const uint32_t writer = (write_thread_[cell] & kThread) / kLanes;
+      if (write_epoch_[cell] == epoch && writer == warp && write_fences_[cell] == fences) continue;
+      if (write_epoch_[cell] - base_ - 1 >= by.clock.settled - base_) {
+        if (uninitialised_ && write_epoch_[cell] <= base_)
+          throw Fault("uninitialised shared memory: wgmma of what nobody in the block wrote");
+        check_writer(by, cell, false, "wgmma of");
+      }
+      check_proxy(by, cell);
+      if (write_epoch_[cell] <= base_) continue;
+      epoch = write_epoch_[cell];
+      warp = writer;
+      fences = write_fences_[cell];
+    }
+    AsyncReads& reads = async_reads_[offset / 16];
+    ++reads.in_flight;
+    reads.instruction = by.instruction;
+  }
+}
+
+void SharedRaces::end_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {
+  uint32_t* reads = read_.data() + static_cast<size_t>(by.clock.warp) * cells_;
+  const uint32_t mine = by.clock.now() << kEpochShift;
+  for (uint32_t offset : offsets) {
+    --async_reads_[offset / 16].in_flight;
+    // If a lane read it in this epoch, that says more.
+    for (uint32_t cell = offset / 4; cell < offset / 4 + 4; ++cell)
+      if (reads[cell] < mine) reads[cell] = mine | kWholeWarp;
+  }
 }
 
 }  // namespace ptxvm

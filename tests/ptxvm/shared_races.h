@@ -42,6 +42,10 @@ class SharedRaces {
   // An asynchronous copy writes at some time between these two.
   void begin_copy(const Accessor& by, uint32_t offset, uint32_t bytes);
   void end_copy(const Accessor& by, uint32_t offset, uint32_t bytes);
+  // A wgmma of the warp reads these 16 bytes each at some time between these two, through the async
+  // proxy: see Note [proxies].
+  void begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets);
+  void end_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets);
 
  private:
   // write_epoch_ while a copy is in flight: later than all epochs.
@@ -51,6 +55,7 @@ class SharedRaces {
   static constexpr uint32_t kSeveralLanes = 32, kWholeWarp = 33, kSubwordLane = 34;
 
   void check_writer(const Accessor& by, uint32_t cell, bool subword, const char* what);
+  void check_proxy(const Accessor& by, uint32_t cell) const;
   void check_readers(const Accessor& by, uint32_t cell, bool subword);
   // Whether all reads of the cells [begin, end) are ordered before, whoever made them.
   bool reads_settled(const Accessor& by, uint32_t begin, uint32_t end) const;
@@ -63,7 +68,12 @@ class SharedRaces {
   std::vector<uint32_t> write_epoch_;
   std::vector<uint16_t> write_thread_;  // and flags
   std::vector<uint32_t> write_instruction_;
-  std::vector<uint32_t> read_;  // [warp][cell]: epoch and lane
+  std::vector<uint32_t> write_fences_;  // how many proxy fences the writer's warp had executed
+  std::vector<uint32_t> read_;          // [warp][cell]: epoch and lane
+  struct AsyncReads {
+    uint32_t in_flight = 0, instruction = 0;  // of all warps; the one issued last
+  };
+  std::vector<AsyncReads> async_reads_;  // of every 16 bytes
 };
 
 // The reads of one instruction: what its lanes have in common is looked up once, and the usual

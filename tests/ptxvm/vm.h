@@ -36,6 +36,7 @@ struct Statistics {
   uint64_t launches = 0, blocks = 0;
   uint64_t instructions = 0;  // per warp
   uint64_t mma = 0, ldmatrix = 0, copies = 0, barriers = 0;
+  uint64_t wgmma = 0;  // per warp
   // Passes that shared memory needs for ld, st and ldmatrix: without conflicts, and on top. Only
   // with Checks::bank_conflicts.
   uint64_t shared_passes = 0, bank_conflicts = 0;

@@ -21,6 +21,7 @@ void Warp::start(uint32_t base_epoch) {
   parked_ = at_warp_barrier_ = barrier_members_ = 0;
   stuck_ = awaits_votes = false;
   copies_.clear();
+  products.start(program_.watched.size());
   std::fill(std::begin(groups_), std::end(groups_), 0);
   local_.assign(static_cast<size_t>(local_bytes_) * kLanes, 0xff);
   state = State::kRunnable;
@@ -66,6 +67,8 @@ void Warp::step() {
       instruction.guard < 0 ? here : here & predicate(static_cast<uint32_t>(instruction.guard));
   const uint32_t next = pc_ + 1;
   program_.executed[pc_] += lanes != 0;
+  if (instruction.watched && lanes != 0)
+    products.touch(program_.watched_uses[pc_], lanes == alive_);
   const Flow flow = lanes == 0 ? Flow::kNext : instruction.run(*this, instruction, lanes);
   if (flow == Flow::kNext) return advance(here, next);
   if (flow == Flow::kRetry) return;

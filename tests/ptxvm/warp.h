@@ -12,6 +12,7 @@
 #include "fault.h"
 #include "program.h"
 #include "shared_races.h"
+#include "warpgroup.h"
 
 namespace ptxvm {
 
@@ -100,6 +101,7 @@ class Warp {
   const int id;
   State state = State::kRunnable;
   WarpClock clock;
+  ProductsInFlight products{*this};
   // bar.red is executed again when the barrier is complete, for the votes.
   bool awaits_votes = false;
   Votes votes;

@@ -12,19 +12,11 @@
 #include "../launch.h"
 #include "../memory_access.h"
 #include "handlers.h"
+//
+#include "../columns.h"
 
 namespace ptxvm {
 namespace {
-
-using Columns = float __attribute__((vector_size(32)));  // 8 of them
-
-Columns multiply_add(float a, Columns b, Columns c) {
-#ifdef __FMA__
-  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 // A register of 16-bit pairs is an 8 x 8 matrix, row by row.
 template <typename T>

@@ -63,7 +63,11 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
 
   T* data() const { return data_; }
-  std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
+  std::vector<T> values() const {
+    std::vector<T> result(count_);
+    cudaMemcpy(result.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost);
+    return result;
+  }
 
  private:
   size_t count_;
