@@ -181,17 +181,17 @@ struct KeyCursor {
 };
 
 // Calls clear(key), with all lanes of a warp, for each key of a tile that no row sees: what lies
-// there (NaN, perhaps) would be multiplied by P = 0. `from` is the first key of the tile. By
-// `warps` warps with successive numbers, between barriers.
+// there (NaN, perhaps) would be multiplied by P = 0. `from` is the first key of the tile. All
+// threads of a block, between barriers.
 template <int kRows, int kKeys, typename Clear>
-RA_DEVICE void for_unseen_keys(const KeyRun& run, const QueryTile& tile, int from, int warps,
+RA_DEVICE void for_unseen_keys(const KeyRun& run, const QueryTile& tile, int from,
                                const Clear& clear) {
   KeyInterval seen[kRows / 32];
 #pragma unroll
   for (int i = 0; i < kRows / 32; ++i) {
     seen[i] = run.of_query(tile.query(i * 32 + static_cast<int>(threadIdx.x) % 32));
   }
-  for (int key = threadIdx.x / 32 % warps; key < kKeys; key += warps) {
+  for (int key = threadIdx.x / 32; key < kKeys; key += blockDim.x / 32) {
     bool any = false;
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) any |= seen[i].has(from + key);
@@ -200,12 +200,12 @@ RA_DEVICE void for_unseen_keys(const KeyRun& run, const QueryTile& tile, int fro
 }
 
 // Zeros in their place in a tile of rows of K or V.
-template <int kRows, int kKeys, typename Layout>
-RA_DEVICE void clear_unseen(uint32_t rows_tile, const KeyRun& run, const QueryTile& tile, int from,
-                            int warps) {
-  for_unseen_keys<kRows, kKeys>(run, tile, from, warps, [&](int key) {
-    for (int chunk = threadIdx.x % 32; chunk < Layout::kChunks; chunk += 32) {
-      store_shared(rows_tile + Layout::offset(key, chunk), make_uint4(0, 0, 0, 0));
+template <int kRows, int kKeys, int kDim>
+RA_DEVICE void clear_unseen(uint32_t rows_tile, const KeyRun& run, const QueryTile& tile,
+                            int from) {
+  for_unseen_keys<kRows, kKeys>(run, tile, from, [&](int key) {
+    for (int chunk = threadIdx.x % 32; chunk < TileLayout<kDim>::kChunks; chunk += 32) {
+      store_shared(rows_tile + TileLayout<kDim>::offset(key, chunk), make_uint4(0, 0, 0, 0));
     }
   });
 }

@@ -28,6 +28,14 @@ struct PanelLayout {
   // From a chunk of the first panel to that of its place in the panel of chunk `chunk`.
   static constexpr RA_DEVICE uint32_t panel(int chunk) { return chunk / kGroup * kPanelBytes; }
 
+  // Zeros for a row; threads may do the same.
+  static RA_DEVICE void clear(uint32_t tile, int row) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      store_shared(tile + offset(row, chunk), make_uint4(0, 0, 0, 0));
+    }
+  }
+
   // ---- Descriptors of operands, PTX's "matrix descriptor": address, the strides that its major
   // order asks for (panel to panel, eight rows to eight rows), and the swizzle. All in 16 bytes.
 

@@ -41,11 +41,11 @@ struct QueryGrid {
 
 // One tile of it, and which rows of the tensors its rows are.
 struct QueryTile {
-  int batch, first_head, kv_head, packed, q_len;
-  int first, rows;  // of the unit's rows: this tile begins at `first`, the unit ends at `rows`
+  const QueryGrid& grid;
+  int batch, first_head, kv_head;
+  int first;  // of the unit's rows
 
-  RA_DEVICE QueryTile(const QueryGrid& grid, int index, int tile_rows)
-      : packed(grid.packed), q_len(grid.q_len), rows(grid.rows) {
+  RA_DEVICE QueryTile(const QueryGrid& grid, int index, int tile_rows) : grid(grid) {
     const int unit = index / grid.tiles, units = grid.heads / grid.packed;
     const int tile = grid.tiles - 1 - index % grid.tiles;
     batch = unit / units;
@@ -55,19 +55,19 @@ struct QueryTile {
   }
 
   // Rows beyond the last one are padding: computed, never read or written.
-  RA_DEVICE bool real(int row) const { return first + row < rows; }
+  RA_DEVICE bool real(int row) const { return first + row < grid.rows; }
   RA_DEVICE int head(int row) const {
-    return packed == 1 ? first_head : first_head + (first + row) % packed;
+    return grid.packed == 1 ? first_head : first_head + (first + row) % grid.packed;
   }
   // Padding stands for the last query.
-  RA_DEVICE int query(int row) const { return min(first + row, rows - 1) / packed; }
+  RA_DEVICE int query(int row) const { return min(first + row, grid.rows - 1) / grid.packed; }
 
   RA_DEVICE int64_t offset(int row, const Strides& stride) const {
     return batch * stride.batch + head(row) * stride.head + query(row) * stride.row;
   }
   // Of a row of [batch, heads, q_len], counted in rows.
   RA_DEVICE int64_t flat(int row, int heads) const {
-    return (static_cast<int64_t>(batch) * heads + head(row)) * q_len + query(row);
+    return (static_cast<int64_t>(batch) * heads + head(row)) * grid.q_len + query(row);
   }
 };
 

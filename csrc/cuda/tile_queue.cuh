@@ -27,6 +27,7 @@ class TileQueue {
   RA_DEVICE TileQueue(const void* tiles, const QueueBarriers<kStages>& barriers)
       : tiles_(shared_address(tiles)), barriers_(shared_address(&barriers)) {}
 
+  RA_DEVICE int slot() const { return slot_; }
   RA_DEVICE uint32_t tile() const { return tiles_ + slot_ * kTileBytes; }
 
   // ---- The loading side: wait_until_free(); write tile(); publish().
@@ -42,6 +43,11 @@ class TileQueue {
   // ---- The reading side: wait(); read tile(); release(), when this warp's products are over.
 
   RA_DEVICE void wait() const { mbarrier_wait(loaded(), parity_); }
+  RA_DEVICE void wait_for_next() const {
+    TileQueue next = *this;
+    next.advance();
+    next.wait();
+  }
   RA_DEVICE void release() {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(read());
     advance();

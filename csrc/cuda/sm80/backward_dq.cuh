@@ -15,64 +15,16 @@
 // they fit.
 #pragma once
 
+#include "../backward_walks.cuh"
 #include "backward_gradients.cuh"
 
 namespace ring_attention::cuda::sm80 {
 
-// A tile of query rows of one head; later rows first: causal ones are the heavier the later.
-struct DqTile {
-  int sample, head, kv_head, row, part;
-
-  RA_DEVICE DqTile(const BackwardCall& call, int tile_rows) {
-    const int tiles = static_cast<int>(divide_up(call.q_len, tile_rows));
-    int64_t index = blockIdx.x;
-    row = (tiles - 1 - static_cast<int>(index % tiles)) * tile_rows, index /= tiles;
-    part = static_cast<int>(index % call.dq_parts), index /= call.dq_parts;
-    head = static_cast<int>(index % call.heads);
-    sample = static_cast<int>(index / call.heads);
-    kv_head = head / (call.heads / call.kv_heads);
-  }
-};
-
-// Walks over the key tiles that a tile of query rows sees, on a grid of kStream keys.
-template <int kRows, int kStream>
-struct KeyWalk {
-  int block = 0, interval = -1, key = 0;
-  RowsRange range{0, 0, 0, 0};
-
-  RA_DEVICE int run(const BackwardCall& call) const { return call.first_run[block] + interval; }
-
-  // To the next one; false: there is none.
-  RA_DEVICE bool next(const BackwardCall& call, const DqTile& tile) {
-    key += kStream * call.dq_parts;
-    while (key >= range.end) {
-      if (block >= call.blocks.count) return false;
-      if (++interval >= call.blocks.block[block].intervals) {
-        ++block, interval = -1, range.end = 0, key = 0;
-        continue;
-      }
-      const RowsRange* ranges = call.ranges_of(run(call), tile.sample) + tile.row / kStream;
-      range = ranges[0];
-#pragma unroll 1
-      for (int i = 1; i < kRows / kStream; ++i) range.add(ranges[i]);
-      // The first tile of this part that is not before the range.
-      const int first = range.begin / kStream, parts = call.dq_parts;
-      if (range.begin < range.end) {
-        key = (first + (tile.part - first % parts + parts) % parts) * kStream;
-      }
-    }
-    return true;
-  }
-  RA_DEVICE bool masked(const BackwardCall& call) const {
-    const int64_t k_len = call.blocks.block[block].k_len;
-    return !range.covers(key, static_cast<int>(min(k_len, static_cast<int64_t>(key) + kStream)));
-  }
-};
-
 // Keys that no row of the tile sees read as zeros.
 template <typename Plan>
 RA_DEVICE void load_keys(const BackwardCall& call, const DqTile& tile,
-                         const KeyWalk<Plan::kRows, Plan::kStream>& walk, uint32_t stage) {
+                         const KeyWalk<Plan::kRows, Plan::kStream, Plan::kStream>& walk,
+                         uint32_t stage) {
   Rows<Plan>::template load_keys<Plan::kStream>(call, call.blocks.block[walk.block], tile.sample,
                                                 tile.kv_head, walk.key, walk.range.begin,
                                                 walk.range.end, stage, stage + Plan::kVStage);
@@ -94,7 +46,7 @@ __global__ void __launch_bounds__(BackwardPlan<Elem, Dims, kLargeSmem, kSumDq>::
   const uint32_t base = shared_address(memory);
   const WarpPlace<Plan> at;
   const DqTile tile(call, Plan::kRows);
-  KeyWalk<Plan::kRows, Plan::kStream> walk;
+  KeyWalk<Plan::kRows, Plan::kStream, Plan::kStream> walk;
   bool more = walk.next(call, tile);
   if (!more && call.dq_parts == 1) return;
   float dq[Plan::kBands][Plan::template kSumTiles<kDim>][4] = {};

@@ -21,84 +21,6 @@
 
 namespace ring_attention::cuda::sm80 {
 
-// A tile of keys of one K/V head; a part of what sees them.
-struct KeysTile {
-  int sample, kv_head, block = 0, key, part;
-  int head_begin, head_end, row_part;
-
-  RA_DEVICE KeysTile(const BackwardCall& call, int tile_rows) {
-    int64_t tiles = 0, index = blockIdx.x;
-    for (int i = 0; i < call.blocks.count; ++i) {
-      tiles += divide_up(call.blocks.block[i].k_len, tile_rows);
-    }
-    int64_t first = index % tiles;
-    index /= tiles;
-    for (; first >= divide_up(call.blocks.block[block].k_len, tile_rows); ++block) {
-      first -= divide_up(call.blocks.block[block].k_len, tile_rows);
-    }
-    key = static_cast<int>(first) * tile_rows;
-    const int parts = call.head_parts * call.row_parts, group = call.heads / call.kv_heads;
-    part = static_cast<int>(index % parts), index /= parts;
-    kv_head = static_cast<int>(index % call.kv_heads);
-    sample = static_cast<int>(index / call.kv_heads);
-    const int head_part = part / call.row_parts;
-    row_part = part % call.row_parts;
-    head_begin = kv_head * group + group * head_part / call.head_parts;
-    head_end = kv_head * group + group * (head_part + 1) / call.head_parts;
-  }
-};
-
-// The place of the lowest bit set.
-RA_DEVICE int lowest(uint32_t bits) { return __popc(~bits & (bits - 1)); }
-
-// Walks over the (interval, tile of query rows, head) that see some of a tile's keys. A warp looks
-// at 32 tiles at a time, and before that at 32 groups of 32: windows and documents are found among
-// many rows without reading about all. All warps find the same.
-template <int kKeys>
-struct QueryWalk {
-  int interval = -1, first_group = 0, base = 0, tile = 0, head = 0;
-  uint32_t groups = 0;           // of the 32 groups from `first_group`, those yet to be looked at
-  uint32_t found = 0, full = 0;  // of the 32 tiles from `base`
-
-  // To the next one; false: there is none.
-  RA_DEVICE bool next(const BackwardCall& call, const KeysTile& keys) {
-    if (found != 0 && ++head < keys.head_end) return true;
-    found &= found - 1;
-    head = keys.head_begin;
-    const int lane = threadIdx.x % 32;
-    const int end = static_cast<int>(
-        min(call.blocks.block[keys.block].k_len, static_cast<int64_t>(keys.key) + kKeys));
-    while (found == 0) {
-      RowsRange range{INT_MAX, 0, INT_MAX, 0};
-      if (groups == 0) {
-        first_group += 32;
-        if (interval < 0 || first_group >= call.tile_groups()) {
-          first_group = 0;
-          if (++interval >= call.blocks.block[keys.block].intervals) return false;
-        }
-        const int mine = first_group + lane;
-        if (mine < call.tile_groups()) range = call.groups_of(run(call, keys), keys.sample)[mine];
-        groups = __ballot_sync(kAllLanes, range.touches(keys.key, end));
-        continue;
-      }
-      base = 32 * (first_group + lowest(groups));
-      groups &= groups - 1;
-      const int mine = base + lane;
-      if (mine < call.tiles() && mine % call.row_parts == keys.row_part) {
-        range = call.ranges_of(run(call, keys), keys.sample)[mine];
-      }
-      found = __ballot_sync(kAllLanes, range.touches(keys.key, end));
-      full = __ballot_sync(kAllLanes, range.covers(keys.key, end));
-    }
-    tile = base + lowest(found);
-    return true;
-  }
-  RA_DEVICE int run(const BackwardCall& call, const KeysTile& keys) const {
-    return call.first_run[keys.block] + interval;
-  }
-  RA_DEVICE bool masked() const { return (full >> (tile - base) & 1) == 0; }
-};
-
 // Q, dO and what is known of each row, to stage 0 or 1.
 template <typename Plan>
 RA_DEVICE void load_queries(const BackwardCall& call, const KeysTile& keys,
@@ -123,29 +45,17 @@ RA_DEVICE void load_queries(const BackwardCall& call, const KeysTile& keys,
   }
 }
 
-// To the gradients, or to this part's own: first all blocks' dK, one after another, then dV.
 template <typename Plan, int kSums, int kBands, int kDkTiles, int kDvTiles>
 RA_DEVICE void write_keys(const BackwardCall& call, const KeysTile& tile, const WarpPlace<Plan>& at,
                           const float (&dk)[kBands][kDkTiles][4],
                           const float (&dv)[kBands][kDvTiles][4]) {
-  const KVBlock& block = call.blocks.block[tile.block];
-  const int k_len = static_cast<int>(block.k_len);
-  const int64_t row = (static_cast<int64_t>(tile.sample) * call.kv_heads + tile.kv_head) * k_len;
-  const bool add = call.head_parts * call.row_parts == 1;
-  int64_t before = 0, all = 0;
-  for (int i = 0; i < call.blocks.count; ++i) {
-    if (i == tile.block) before = all;
-    all += call.blocks.block[i].k_len * call.batch * call.kv_heads;
-  }
-  float* part = call.partial + tile.part * all * (call.head_dim + call.v_head_dim);
+  const int k_len = static_cast<int>(call.blocks.block[tile.block].k_len);
+  const KeysTarget target(call, tile);
   if constexpr ((kSums & kSumDk) != 0) {
-    float* to = add ? static_cast<float*>(block.dk) : part + before * call.head_dim;
-    write_sums(dk, at, call.scale, to + row * call.head_dim, tile.key, k_len, call.head_dim, add);
+    write_sums(dk, at, call.scale, target.dk, tile.key, k_len, call.head_dim, target.add);
   }
   if constexpr ((kSums & kSumDv) != 0) {
-    float* to =
-        add ? static_cast<float*>(block.dv) : part + all * call.head_dim + before * call.v_head_dim;
-    write_sums(dv, at, 1.0f, to + row * call.v_head_dim, tile.key, k_len, call.v_head_dim, add);
+    write_sums(dv, at, 1.0f, target.dv, tile.key, k_len, call.v_head_dim, target.add);
   }
 }
 

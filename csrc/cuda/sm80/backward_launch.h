@@ -15,8 +15,4 @@ namespace ring_attention::cuda::sm80 {
 template <typename Elem, typename Dims>
 cudaError_t launch_backward(const BackwardCall& call, bool large_smem, cudaStream_t stream);
 
-// The sums of parts, into the gradients: see Note [parts].
-cudaError_t add_dq_parts(const BackwardCall& call, cudaStream_t stream);
-cudaError_t add_keys_parts(const BackwardCall& call, cudaStream_t stream);
-
 }  // namespace ring_attention::cuda::sm80

@@ -86,8 +86,7 @@ class Forward : public ForwardRows<Elem, Tile, kSoftcap> {
       }
       const uint32_t v_tile = next_tile<!kLastIsK>(ahead);
       if (!full && !run.whole) {
-        clear_unseen<Tile::kRows, kKeys, TileLayout<kV>>(v_tile, run, tile_, tile.from,
-                                                         Tile::kThreads / 32);
+        clear_unseen<Tile::kRows, kKeys, kV>(v_tile, run, tile_, tile.from);
         __syncthreads();
       }
       tile.next(smem_.plan);

@@ -144,7 +144,7 @@ class ForwardFp32 {
   }
 
   RA_DEVICE void clear_unseen_values(const KeyRun& run, int from) const {
-    for_unseen_keys<Tile::kRows, kKeys>(run, tile_, from, Tile::kThreads / 32, [&](int key) {
+    for_unseen_keys<Tile::kRows, kKeys>(run, tile_, from, [&](int key) {
       for (int d = lane_; d < call_.params.v_head_dim; d += 32) smem_.keys[key * kPitch + d] = 0.0f;
     });
   }

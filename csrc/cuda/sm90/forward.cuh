@@ -52,7 +52,7 @@ class Loader {
   // The runs of a plan; half of the threads with K, half with V.
   RA_DEVICE void load_keys() {
     load(keys_, [&](const KeyRun& run, int from) {
-      TileCopy<typename Tile::Keys, Tile::kLoaders>::template rows<kKeys>(
+      TileCopy<typename Tile::Keys, WarpRoles::kLoaders>::template rows<kKeys>(
           keys_.tile(), run.k, run.k_row, from, run.begin, run.end,
           static_cast<int>(params_.head_dim));
       cp_async_commit();
@@ -61,15 +61,12 @@ class Loader {
   }
   RA_DEVICE void load_values() {
     load(values_, [&](const KeyRun& run, int from) {
-      TileCopy<typename Tile::Values, Tile::kLoaders>::template rows<kKeys>(
+      TileCopy<typename Tile::Values, WarpRoles::kLoaders>::template rows<kKeys>(
           values_.tile(), run.v, run.v_row, from, run.begin, run.end,
           static_cast<int>(params_.v_head_dim));
       cp_async_commit();
       cp_async_wait<0>();
-      if (run.whole || run.covers(from, from + kKeys)) return;
-      named_barrier(1, Tile::kLoaders);
-      clear_unseen<Tile::kRows, kKeys, typename Tile::Values>(values_.tile(), run, tile_, from,
-                                                              Tile::kLoaders / 32);
+      if (!run.whole && !run.covers(from, from + kKeys)) clear_unseen(run, from);
     });
   }
 
@@ -80,6 +77,20 @@ class Loader {
       queue.wait_until_free();
       copy(smem_.plan.run(tile.run), tile.from);
       queue.publish();
+    }
+  }
+
+  // Zeros in the place of keys that no row sees, a few keys to a thread: what lies there (NaN,
+  // perhaps) would be multiplied by P = 0. It is rare, and has to make do with few registers.
+  RA_DEVICE void clear_unseen(const KeyRun& run, int from) const {
+    named_barrier(1, WarpRoles::kLoaders);  // all rows have arrived
+    for (int key = threadIdx.x % WarpRoles::kLoaders; key < kKeys; key += WarpRoles::kLoaders) {
+      bool seen = false;
+#pragma unroll 1
+      for (int row = 0; row < Tile::kRows && !seen; ++row) {
+        seen = run.of_query(tile_.query(row)).has(from + key);
+      }
+      if (!seen) Tile::Values::clear(values_.tile(), key);
     }
   }
 
@@ -247,30 +258,31 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Loader<Tile> loader(call, smem, tile);
   loader.load_query();
   if (thread < Tile::kStages) {
-    smem.k_barriers.init(thread, Tile::kLoaders, Tile::kReaders / 32);
-    smem.v_barriers.init(thread, Tile::kLoaders, Tile::kReaders / 32);
+    smem.k_barriers.init(thread, WarpRoles::kLoaders, Tile::kRoles.readers / 32);
+    smem.v_barriers.init(thread, WarpRoles::kLoaders, Tile::kRoles.readers / 32);
   }
   // Each plan is made between two barriers of all, by the readers.
-  if (thread >= Tile::kReaders) {
-    give_up_registers<Tile::kLoaderRegisters>();
+  if (thread >= Tile::kRoles.readers) {
+    give_up_registers<Tile::kRoles.loader_registers>();
     do {
       __syncthreads();
       __syncthreads();
-      if (thread < Tile::kReaders + Tile::kLoaders) {
+      if (thread < Tile::kRoles.readers + WarpRoles::kLoaders) {
         loader.load_keys();
       } else {
         loader.load_values();
       }
     } while (smem.plan.more);
   } else {
-    take_registers<Tile::kReaderRegisters>();
+    take_registers<Tile::kRoles.reader_registers>();
     Forward<Elem, Tile, kSoftcap> forward(call, smem, tile);
     forward.prefetch_carry();
     int first = 0;
     do {
       __syncthreads();
-      smem.plan.template make<Tile::kRows, Tile::kKeys>(
-          call.blocks, tile, first, sizeof(Elem), call.parts.keys_of(part), Tile::kReaders / 32);
+      smem.plan.template make<Tile::kRows, Tile::kKeys>(call.blocks, tile, first, sizeof(Elem),
+                                                        call.parts.keys_of(part),
+                                                        Tile::kRoles.readers / 32);
       __syncthreads();
       forward.fold_runs();
       first += kMaxRuns;

@@ -4,9 +4,9 @@
 // they read it in, and the sums of parts. Bound by memory: a thread or a warp per row or tile.
 #pragma once
 
-#include "backward_config.h"
+#include "backward_call.cuh"
 
-namespace ring_attention::cuda::sm80 {
+namespace ring_attention::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int kGroupThreads = 32 * 32;
@@ -93,4 +93,4 @@ __global__ void __launch_bounds__(kRowThreads)
   to[i] += sum;
 }
 
-}  // namespace ring_attention::cuda::sm80
+}  // namespace ring_attention::cuda

@@ -1,26 +1,41 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Backward calls, cut into launches: see launch.h. Kernels are instantiated in files of their own.
-#include "../launch.h"
-#include "backward_launch.h"
+#include <numeric>
+
 #include "backward_rows.cuh"
+#include "launch.h"
+#include "sm80/backward_launch.h"
+#include "sm90/backward_launch.h"
 
 namespace ring_attention::cuda {
-namespace sm80 {
 namespace {
 
-// Calls visitor(tiles, launch) with the tiles that serve a call, and its launcher.
+// What a launch is cut into: rows that stay with a block, and rows that pass by at a time.
+struct TileSize {
+  int rows, stream;
+};
+
+// Calls visitor(tile, launch) with the tiles that serve a call, and its launcher.
 template <typename Visitor>
 cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const Visitor& visitor) {
   return visit_head_dims(p, [&]<typename Dims>(Dims) {
-    const bool large = takes_large_tiles(device.smem_optin_bytes, Dims::kQk, Dims::kV);
+    const bool large = sm80::takes_large_tiles(device.smem_optin_bytes, Dims::kQk, Dims::kV);
     const auto visit = [&]<typename Elem>(Elem) {
-      const bool atomic_dq = !p.deterministic && has_atomic_dq(sizeof(Elem), Dims::kQk, Dims::kV);
-      const BackwardTiles tiles = backward_tiles(sizeof(Elem), Dims::kQk, Dims::kV, large);
-      return visitor(tiles, [&](BackwardCall call, cudaStream_t stream) {
-        call.atomic_dq = atomic_dq;
-        return launch_backward<Elem, Dims>(call, large, stream);
-      });
+      constexpr int kBytes = sizeof(Elem);
+      if constexpr (kBytes == 2 && sm90::has_backward(Dims::kQk, Dims::kV)) {
+        if (device.hopper && p.deterministic && p.softcap == 0.0) {
+          constexpr sm90::BackwardShape kShape = sm90::backward_shape(Dims::kQk, Dims::kV);
+          return visitor(TileSize{kShape.rows, kShape.queries}, sm90::launch_backward<Elem, Dims>);
+        }
+      }
+      const bool atomic_dq = !p.deterministic && sm80::has_atomic_dq(kBytes, Dims::kQk, Dims::kV);
+      const sm80::BackwardTiles tiles = sm80::backward_tiles(kBytes, Dims::kQk, Dims::kV, large);
+      return visitor(TileSize{tiles.rows(), tiles.stream},
+                     [&](BackwardCall call, cudaStream_t stream) {
+                       call.atomic_dq = atomic_dq;
+                       return sm80::launch_backward<Elem, Dims>(call, large, stream);
+                     });
     };
     switch (p.dtype) {
       case DType::kBFloat16:
@@ -74,19 +89,19 @@ int64_t key_count(const KVBlocks& blocks) {
 }
 
 // Note [parts]: as many as it takes to have kWantedBlocks, as long as each has kLeastTiles.
-void set_parts(BackwardCall& call, const BackwardTiles& tiles) {
+void set_parts(BackwardCall& call, const TileSize& tile) {
   int64_t key_tiles = 0, passing_keys = 0;
   for (int i = 0; i < call.blocks.count; ++i) {
-    key_tiles += divide_up(call.blocks.block[i].k_len, tiles.rows());
-    passing_keys += divide_up(call.blocks.block[i].k_len, tiles.stream);
+    key_tiles += divide_up(call.blocks.block[i].k_len, tile.rows);
+    passing_keys += divide_up(call.blocks.block[i].k_len, tile.stream);
   }
   const int64_t group = call.heads / call.kv_heads;
   const auto wanted = [](int64_t blocks) { return std::max<int64_t>(kWantedBlocks / blocks, 1); };
   const auto parts_of = [](int64_t passing) { return std::max<int64_t>(passing / kLeastTiles, 1); };
-  const int64_t dq_blocks = call.batch * call.heads * divide_up(call.q_len, tiles.rows());
+  const int64_t dq_blocks = call.batch * call.heads * divide_up(call.q_len, tile.rows);
   call.dq_parts = static_cast<int>(std::min(wanted(dq_blocks), parts_of(passing_keys)));
   const int64_t keys_blocks = std::max<int64_t>(call.batch * call.kv_heads * key_tiles, 1);
-  const int64_t passing_rows = divide_up(call.q_len, tiles.stream);
+  const int64_t passing_rows = divide_up(call.q_len, tile.stream);
   call.head_parts = static_cast<int>(std::min(wanted(keys_blocks), group));
   call.row_parts =
       static_cast<int>(std::min(wanted(keys_blocks * call.head_parts), parts_of(passing_rows)));
@@ -97,8 +112,7 @@ struct Launch {
   BackwardCall call;
   int64_t workspace_bytes = 0;
 
-  Launch(const BackwardParams& p, int64_t first_block, const BackwardTiles& tiles,
-         void* workspace) {
+  Launch(const BackwardParams& p, int64_t first_block, const TileSize& tile, void* workspace) {
     const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
     call = {.q = static_cast<const char*>(p.q),
             .dout = static_cast<const char*>(p.dout),
@@ -109,8 +123,8 @@ struct Launch {
             .heads = static_cast<int>(p.heads),
             .kv_heads = static_cast<int>(p.kv_heads),
             .q_len = static_cast<int>(p.q_len),
-            .padded = static_cast<int>(round_up(p.q_len, 128)),
-            .stream = tiles.stream,
+            .padded = static_cast<int>(round_up(p.q_len, std::lcm(128, tile.rows))),
+            .stream = tile.stream,
             .head_dim = static_cast<int>(p.head_dim),
             .v_head_dim = static_cast<int>(p.v_head_dim),
             .score = ScoreScale::of(p.scale, p.softcap),
@@ -125,7 +139,7 @@ struct Launch {
       block.v_stride = in_bytes(block.v_stride, element_bytes);
       call.first_run[i + 1] = call.first_run[i] + static_cast<int>(block.intervals);
     }
-    set_parts(call, tiles);
+    set_parts(call, tile);
     const int64_t rows = call.batch * call.padded, runs = call.first_run[call.blocks.count];
     place(call.row_lse, rows * call.heads, workspace);
     place(call.row_lse_low, rows * call.heads, workspace);
@@ -195,14 +209,12 @@ cudaError_t add_keys_parts(const BackwardCall& call, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-}  // namespace sm80
-
 int64_t backward_workspace_bytes(const BackwardParams& p, const Device& device) {
   int64_t bytes = 0;
   if (p.batch * p.heads * p.q_len == 0) return bytes;
-  sm80::visit_kernels(p, device, [&](const sm80::BackwardTiles& tiles, const auto&) {
+  visit_kernels(p, device, [&](const TileSize& tile, const auto&) {
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
-      bytes = std::max(bytes, sm80::Launch(p, i, tiles, nullptr).workspace_bytes);
+      bytes = std::max(bytes, Launch(p, i, tile, nullptr).workspace_bytes);
     }
     return cudaSuccess;
   });
@@ -212,13 +224,13 @@ int64_t backward_workspace_bytes(const BackwardParams& p, const Device& device) 
 cudaError_t backward(const BackwardParams& p, void* workspace, const Device& device,
                      cudaStream_t stream) {
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
-  return sm80::visit_kernels(p, device, [&](const sm80::BackwardTiles& tiles, const auto& launch) {
+  return visit_kernels(p, device, [&](const TileSize& tile, const auto& launch) {
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {  // before anything is written
-      const sm80::Launch one(p, i, tiles, workspace);
-      if (!sm80::aligned(one.call)) return cudaErrorMisalignedAddress;
+      const Launch one(p, i, tile, workspace);
+      if (!aligned(one.call)) return cudaErrorMisalignedAddress;
     }
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
-      const sm80::Launch one(p, i, tiles, workspace);
+      const Launch one(p, i, tile, workspace);
       cudaError_t error = one.describe_rows(stream);
       if (error == cudaSuccess) error = launch(one.call, stream);
       if (error != cudaSuccess) return error;
