@@ -26,6 +26,7 @@ BUILD = ROOT / "build" / "cuda"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 # KiB of shared memory and threads of a multiprocessor.
 GPUS = {"sm_80": (164, 2048), "sm_90": (228, 2048), "sm_100": (228, 2048), "sm_120": (100, 1536)}
+HOPPER = {"sm_90a": GPUS["sm_90"]}  # for the kernels of namespace sm90 alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Use:
 
     def blocks(self, gpu: str, threads: int, shared_bytes: int) -> int:
         """How many blocks fit on a multiprocessor; 0: it is for larger ones."""
-        kib, most_threads = GPUS[gpu]
+        kib, most_threads = (GPUS | HOPPER)[gpu]
         # Registers go to warps by 256, and each block takes a KiB of shared memory by itself.
         of_warp = 32 * (-(-self.registers // 8) * 8)
         by_registers = (65536 // of_warp) // -(-threads // 32)
@@ -60,6 +61,23 @@ def report(log: str) -> Report:
         elif used := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             found[kernel][gpu] = Use(int(used[1]), spilled, int(shared[1]) if shared else 0)
+    return found
+
+
+def serialized(log: str) -> dict[str, str]:
+    """The kernels whose products the compiler lets run one after the other, and why: the last word.
+
+    It says so before it compiles the kernel.
+    """
+    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for line in log.splitlines():
+        if remark := re.search(r"(wgmma\S* .*due to .*) (?:in|for) the function '(\w+)'", line):
+            reasons[remark[2]] = remark[1]
+        elif entry := re.search(r"Compiling entry function '(\w+)'", line):
+            found.pop(entry[1], None)
+            if entry[1] in reasons:
+                found[entry[1]] = reasons.pop(entry[1])
     return found
 
 
@@ -119,7 +137,7 @@ def test_every_kernel_is_within_its_budget(built: Report) -> None:
 def test_every_kernel_is_compiled_for_every_gpu(built: Report) -> None:
     assert built
     for kernel, uses in built.items():
-        assert sorted(uses) == sorted(GPUS), kernel
+        assert sorted(uses) == sorted(HOPPER if "4sm90" in kernel else GPUS), kernel
 
 
 def test_forward_kernels_do_not_spill(built: Report) -> None:
@@ -132,6 +150,12 @@ def test_forward_kernels_do_not_spill(built: Report) -> None:
         if use.spilled
     }
     assert not spilling
+
+
+def test_hoppers_products_run_beside_other_work(built: Report) -> None:
+    reasons = serialized((BUILD / "log").read_text())
+    assert any("4sm90" in kernel for kernel in built)
+    assert not {kernel: why for kernel, why in reasons.items() if kernel in built}
 
 
 def test_each_object_holds_only_its_kernels(built: Report) -> None:
@@ -168,6 +192,19 @@ ptxas info    : Function properties for _Z1kv
 ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 128 bytes smem
 """
     assert report(log) == {"_Z1kv": {"sm_80": Use(registers=168, spilled=28, shared=128)}}
+
+
+def test_the_last_word_on_products_counts() -> None:
+    remark = (
+        "ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to non wgmma instructions defining input registers in the function '_Z1kv'"
+    )
+    entry = "ptxas info    : Compiling entry function '_Z1kv' for 'sm_90a'"
+    why = "wgmma.mma_async instructions are serialized due to non wgmma instructions defining"
+    assert serialized(f"{remark}\n{entry}\n") == {"_Z1kv": why + " input registers"}
+    assert serialized(f"{remark}\n{entry}\n{entry}\n") == {}
+    other = remark.replace("in the function", "for the function")
+    assert serialized(f"{other}\n{entry}\n") == {"_Z1kv": why + " input registers"}
 
 
 if __name__ == "__main__":

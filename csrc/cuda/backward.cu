@@ -23,7 +23,7 @@ cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const V
     const bool large = sm80::takes_large_tiles(device.smem_optin_bytes, Dims::kQk, Dims::kV);
     const auto visit = [&]<typename Elem>(Elem) {
       constexpr int kBytes = sizeof(Elem);
-      if constexpr (kBytes == 2 && sm90::has_backward(Dims::kQk, Dims::kV)) {
+      if constexpr (kBytes == 2) {
         if (device.hopper && p.deterministic && p.softcap == 0.0) {
           constexpr sm90::BackwardShape kShape = sm90::backward_shape(Dims::kQk, Dims::kV);
           return visitor(TileSize{kShape.rows, kShape.queries}, sm90::launch_backward<Elem, Dims>);

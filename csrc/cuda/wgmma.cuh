@@ -107,4 +107,17 @@ RA_WGMMA_OF_BOTH(128,
 #undef RA_UNITS
 #undef RA_TEN
 
+// sums[64 x kDim] += a[64 x 16] b[16 x kDim], b rows of a tile of Layout from `row` on.
+template <typename Elem, typename Layout, int kDim>
+RA_DEVICE void start_columns(float (&sums)[kDim / 8][4], const uint32_t (&a)[4], uint64_t tile,
+                             int row) {
+  constexpr int kColumns = kDim % 128 == 0 ? 128 : kDim <= 96 ? kDim : 64;
+  using Columns = float[kColumns / 8][4];
+#pragma unroll
+  for (int d = 0; d < kDim; d += kColumns) {
+    Wgmma<Elem, kColumns>::start_columns(reinterpret_cast<Columns&>(sums[d / 8]), a,
+                                         tile + Layout::step(row, d), true);
+  }
+}
+
 }  // namespace ring_attention::cuda

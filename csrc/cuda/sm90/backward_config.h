@@ -2,7 +2,7 @@
 //
 // The sm_90a backward on one page: the two kernels of sm80/backward_config.h, Note [two kernels],
 // with warps as in the forward, and P and dS in registers all the way: what a product of 64 rows
-// leaves there is what the next one takes as rows. Head dims up to 128; others are sm80's.
+// leaves there is what the next one takes as rows.
 #pragma once
 
 #include "../backward_call.cuh"
@@ -19,16 +19,22 @@ struct BackwardShape {
   int stages;   // of tiles that pass by, in shared memory
 };
 
-constexpr bool has_backward(int dim, int v_dim) { return dim + v_dim <= 256; }
-
 // As long as registers allow: a lane has S and dP of a passing tile, and the sums. Measured on an
 // H100 (8,192 tokens, 16 heads, TFLOP/s of the products made), passing keys: head dim 128 64 562,
 // 80 575, 96 628; 96 96 521, 128 566. Head dim 64, passing queries: 64 441, 128 356 (it spills);
 // three warpgroups, whose threads have fewer registers: 366.
 constexpr BackwardShape backward_shape(int dim, int v_dim) {
-  const int keys = dim + v_dim <= 192 ? 128 : 96;
-  return {.rows = 128, .keys = keys, .queries = 64, .stages = 2};
+  const int both = dim + v_dim;
+  if (both <= 192) return {.rows = 128, .keys = 128, .queries = 64, .stages = 2};
+  if (both <= 256) return {.rows = 128, .keys = 96, .queries = 64, .stages = 2};
+  if (both <= 320) return {.rows = 128, .keys = 64, .queries = 32, .stages = 2};
+  if (both <= 384) return {.rows = 128, .keys = 64, .queries = 64, .stages = 2};
+  return {.rows = 128, .keys = 32, .queries = 32, .stages = 2};
 }
+
+// Where a thread's registers do not hold dK and dV both, the keys kernel is run once for each:
+// eight products instead of seven.
+constexpr bool keys_in_two_passes(int dim, int v_dim) { return dim + v_dim > 320; }
 
 // Tiles and warps of one kernel: `passing` rows at a time.
 template <typename Dims, BackwardShape kShape, int kPassingRows>

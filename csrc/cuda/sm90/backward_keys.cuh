@@ -10,12 +10,16 @@
 //     dV += P^T dO;  dK += dS^T Q
 //   dK, dV are added to the gradients
 //
+// Where registers hold only one of dK and dV, see keys_in_two_passes(), a launch sums that.
 // Products of one warpgroup run beside the exponentials of another.
 #pragma once
 
 #include "backward_products.cuh"
 
 namespace ring_attention::cuda::sm90 {
+
+// What a launch sums.
+enum class KeysSum { kDk, kDv, kBoth };
 
 template <typename Tile>
 struct KeysSmem : Tile::Matrices {
@@ -103,8 +107,9 @@ class KeysLoader {
 };
 
 // dK and dV of a warpgroup's keys.
-template <typename Elem, typename Tile>
+template <typename Elem, typename Tile, KeysSum kSum>
 class KeysSums {
+  static constexpr bool kDk = kSum != KeysSum::kDv, kDv = kSum != KeysSum::kDk;
   static constexpr int kQueries = Tile::kPassing;
   using Passing = PassingQueries<kQueries>;
 
@@ -127,8 +132,12 @@ class KeysSums {
     const KVBlock& block = call_.blocks.block[tile_.block];
     const int k_len = static_cast<int>(block.k_len);
     const KeysTarget target(call_, tile_);
-    write_sums(dk_, call_.scale, target.dk, tile_.key, k_len, call_.head_dim, target.add);
-    write_sums(dv_, 1.0f, target.dv, tile_.key, k_len, call_.v_head_dim, target.add);
+    if constexpr (kDk) {
+      write_sums(dk_, call_.scale, target.dk, tile_.key, k_len, call_.head_dim, target.add);
+    }
+    if constexpr (kDv) {
+      write_sums(dv_, 1.0f, target.dv, tile_.key, k_len, call_.v_head_dim, target.add);
+    }
   }
 
  private:
@@ -142,27 +151,38 @@ class KeysSums {
       return passing.seen[column + 8 * j + e].has(key + 8 * r);
     };
     Sums<kQueries> s, dp;
+    Weights<kQueries> p, ds;
     wgmma_fence();
     start_scores<Elem, typename Tile::Kept, typename Tile::Stream, Tile::kDim, kQueries>(
         s, shared_address(smem_.kept), queries_.tile());
-    start_scores<Elem, typename Tile::VKept, typename Tile::VStream, Tile::kVDim, kQueries>(
-        dp, shared_address(smem_.v_kept), douts_.tile());
-    wgmma_wait<1>();
+    if constexpr (kDk) {
+      start_scores<Elem, typename Tile::VKept, typename Tile::VStream, Tile::kVDim, kQueries>(
+          dp, shared_address(smem_.v_kept), douts_.tile());
+    }
+    wgmma_wait<kDk ? 1 : 0>();
     hold(s);
     exponentiate(s, call_.score.scale, [&](int j, int e, int) { return lse[8 * j + e]; });
     if (masked) mask(s, visible);
-    wgmma_wait<0>();
-    hold(dp);
-    differentiate(dp, s, [&](int j, int e, int) { return minus_delta[8 * j + e]; });
-    if (masked) mask(dp, visible);
-    Weights<kQueries> p, ds;
-    pack<Elem>(s, p);
-    pack<Elem>(dp, ds);
-    hold(p), hold(ds);
+    if constexpr (kDk) {
+      wgmma_wait<0>();
+      hold(dp);
+      differentiate(dp, s, [&](int j, int e, int) { return minus_delta[8 * j + e]; });
+      if (masked) mask(dp, visible);
+      pack<Elem>(dp, ds);
+      hold(ds);
+    }
+    if constexpr (kDv) {
+      pack<Elem>(s, p);
+      hold(p);
+    }
     hold(dv_), hold(dk_);
     wgmma_fence();
-    start_sums<Elem, typename Tile::VStream, Tile::kVDim, kQueries>(dv_, p, douts_.tile());
-    start_sums<Elem, typename Tile::Stream, Tile::kDim, kQueries>(dk_, ds, queries_.tile());
+    if constexpr (kDv) {
+      start_sums<Elem, typename Tile::VStream, Tile::kVDim, kQueries>(dv_, p, douts_.tile());
+    }
+    if constexpr (kDk) {
+      start_sums<Elem, typename Tile::Stream, Tile::kDim, kQueries>(dk_, ds, queries_.tile());
+    }
     wgmma_wait<0>();
     hold(dv_), hold(dk_);
     douts_.release();
@@ -174,11 +194,11 @@ class KeysSums {
   const KeysTile& tile_;
   typename Tile::Queue queries_{smem_.stream, smem_.barriers};
   typename Tile::VQueue douts_{smem_.v_stream, smem_.v_barriers};
-  Sums<Tile::kDim> dk_ = {};
-  Sums<Tile::kVDim> dv_ = {};
+  Sums<kDk ? Tile::kDim : 8> dk_ = {};
+  Sums<kDv ? Tile::kVDim : 8> dv_ = {};
 };
 
-template <typename Elem, typename Tile>
+template <typename Elem, typename Tile, KeysSum kSum>
 __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
     backward_keys(const __grid_constant__ BackwardCall call) {
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -197,7 +217,7 @@ __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
     }
   } else {
     take_registers<Tile::kRoles.reader_registers>();
-    KeysSums<Elem, Tile> sums(call, smem, tile);
+    KeysSums<Elem, Tile, kSum> sums(call, smem, tile);
     sums.sum();
     sums.write();
   }

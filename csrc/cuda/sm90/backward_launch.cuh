@@ -18,7 +18,8 @@ cudaError_t start_dq(const BackwardCall& call, cudaStream_t stream) {
                Tile::kRoles.threads, sizeof(DqSmem<Tile>), stream, call);
 }
 
-template <typename Elem, typename Dims, BackwardShape kShape = backward_shape(Dims::kQk, Dims::kV)>
+template <typename Elem, typename Dims, KeysSum kSum,
+          BackwardShape kShape = backward_shape(Dims::kQk, Dims::kV)>
 cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
   using Tile = BackwardTile<Dims, kShape, kShape.queries>;
   static_assert(sizeof(KeysSmem<Tile>) <= kMostSmemBytes);
@@ -27,7 +28,7 @@ cudaError_t start_keys(const BackwardCall& call, cudaStream_t stream) {
     tiles += divide_up(call.blocks.block[i].k_len, Tile::kRows);
   }
   const int64_t parts = call.head_parts * call.row_parts;
-  return start(backward_keys<Elem, Tile>, tiles * parts * call.kv_heads * call.batch,
+  return start(backward_keys<Elem, Tile, kSum>, tiles * parts * call.kv_heads * call.batch,
                Tile::kRoles.threads, sizeof(KeysSmem<Tile>), stream, call);
 }
 
@@ -35,7 +36,13 @@ template <typename Elem, typename Dims>
 cudaError_t launch_backward(const BackwardCall& call, cudaStream_t stream) {
   cudaError_t error = start_dq<Elem, Dims>(call, stream);
   if (error == cudaSuccess) error = add_dq_parts(call, stream);
-  if (error == cudaSuccess) error = start_keys<Elem, Dims>(call, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (keys_in_two_passes(Dims::kQk, Dims::kV)) {
+    error = start_keys<Elem, Dims, KeysSum::kDk>(call, stream);
+    if (error == cudaSuccess) error = start_keys<Elem, Dims, KeysSum::kDv>(call, stream);
+  } else {
+    error = start_keys<Elem, Dims, KeysSum::kBoth>(call, stream);
+  }
   return error == cudaSuccess ? add_keys_parts(call, stream) : error;
 }
 

@@ -37,7 +37,7 @@ RA_DEVICE void start_sums(Sums<kDim>& sums, const Weights<kPassing>& weights, ui
   const uint64_t b = Stream::descriptor(passing);
 #pragma unroll
   for (int row = 0; row < kPassing; row += 16) {
-    Wgmma<Elem, kDim>::start_columns(sums, weights[row / 16], b + Stream::step(row, 0), true);
+    start_columns<Elem, Stream, kDim>(sums, weights[row / 16], b, row);
   }
   wgmma_commit();
 }

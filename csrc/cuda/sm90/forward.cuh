@@ -218,16 +218,10 @@ class Forward : public ForwardRows<Elem, Tile, kSoftcap> {
   // O += P V.
   RA_DEVICE void start_values(const Probs& probs) {
     using Values = typename Tile::Values;
-    constexpr int kColumns = kV % 128 == 0 ? 128 : kV <= 96 ? kV : 64;
-    using Columns = float[kColumns / 8][4];
     const uint64_t v = Values::descriptor(values_.tile());
 #pragma unroll
     for (int n = 0; n < kKeys; n += 16) {
-#pragma unroll
-      for (int d = 0; d < kV; d += kColumns) {
-        Wgmma<Elem, kColumns>::start_columns(reinterpret_cast<Columns&>(acc_[0][d / 8]),
-                                             probs[0][n / 16], v + Values::step(n, d), true);
-      }
+      start_columns<Elem, Values, kV>(acc_[0], probs[0][n / 16], v, n);
     }
     wgmma_commit();
   }

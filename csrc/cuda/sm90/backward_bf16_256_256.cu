@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "backward_launch.cuh"
+
+namespace ring_attention::cuda::sm90 {
+
+template cudaError_t launch_backward<BFloat16, HeadDims<256, 256>>(const BackwardCall&,
+                                                                   cudaStream_t);
+
+}  // namespace ring_attention::cuda::sm90
