@@ -16,6 +16,7 @@ RING_ATTENTION_EMULATED=1 the rows of AVX-512 and AMX run wherever AVX2 is, thei
 emulated (tests/emulated_isa).
 """
 
+import copy
 import os
 import platform
 from collections.abc import Callable
@@ -46,7 +47,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"
 NVCC_FLAGS += ["-Werror=all-warnings", "-Xptxas=-v,--warning-as-error"]
 # Lines in machine code come with copies of the PTX, and make the library three times as large.
 NO_LINES = ["-Xptxas=-suppress-debug-info"]
-# One PTX for all GPUS, that which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
+# One PTX for all GPUS, which `make vm` executes. sm_80 serves 8.6 and 8.9, sm_100 10.3.
 GPUS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 PTX = "compute_80"  # for whatever comes later
 # Kernels of Hopper's own instructions are for it alone, by another PTX.
@@ -99,13 +100,16 @@ def cuda() -> tuple[bool, str]:
 
 def objects(build: str) -> list[str]:
     """The kernels' objects in the folder of a build with RING_ATTENTION_CUDA=only."""
-    found = sorted(map(str, Path(build).glob("temp*/csrc/cuda/**/*.o")))
-    if len(found) != len(KERNELS):
+    found = {
+        kernel: [*Path(build).glob(f"temp*/{Path(kernel).with_suffix('.o')}")] for kernel in KERNELS
+    }
+    missing = [kernel for kernel, files in found.items() if len(files) != 1]
+    if missing:
         raise SystemExit(
-            f"ring_attention: expected {len(KERNELS)} objects of kernels in RING_ATTENTION_PTXVM="
-            f"{build}, found {len(found)}; make cuda, or set RING_ATTENTION_PTXVM=1"
+            f"ring_attention: expected an object of each kernel in RING_ATTENTION_PTXVM={build}, "
+            f"found none or several of {missing}; make cuda, or set RING_ATTENTION_PTXVM=1"
         )
-    return found
+    return [str(file) for files in found.values() for file in files]
 
 
 class Build(BuildExtension):
@@ -114,12 +118,11 @@ class Build(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         hopper = [file for file in ext.sources if "/sm90/" in file]
         if hopper:
-            ext.sources = [file for file in ext.sources if file not in hopper]
-            common = ext.extra_compile_args["nvcc"]
             codes = [HOPPER_PTX] if PTXVM else [HOPPER, HOPPER_PTX] if ONLY_CUDA else [HOPPER]
-            nvcc = [flag for flag in common if not flag.startswith("-gencode")]
+            flags = ext.extra_compile_args["nvcc"]
+            nvcc = [flag for flag in flags if not flag.startswith("-gencode")]
             nvcc += [f"-gencode=arch={HOPPER_PTX},code={code}" for code in codes]
-            ext.extra_objects += self.compiler.compile(
+            compiled = self.compiler.compile(
                 hopper,
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
@@ -127,6 +130,10 @@ class Build(BuildExtension):
                 extra_postargs={**ext.extra_compile_args, "nvcc": nvcc},
                 depends=ext.depends,
             )
+            ext = copy.copy(ext)  # which lists its sources in distributions, too
+            ext.sources = [file for file in ext.sources if file not in hopper]
+            ext.depends = [*ext.depends, *compiled]
+            ext.extra_objects = [*ext.extra_objects, *compiled]
         super().build_extension(ext)
 
 

@@ -2,7 +2,7 @@
 """Figures of devices and links: what a prediction is made of.
 
 The named ones are published figures of others' kernels and of data sheets, good enough to choose
-hardware and a schedule; H100-sm80 and CPU are measurements of ours. ``python -m ring_attention
+hardware and a schedule; H100-sm90 and CPU are measurements of ours. ``python -m ring_attention
 calibrate`` measures those of this machine.
 """
 

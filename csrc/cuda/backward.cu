@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Backward calls, cut into launches: see launch.h. Kernels are instantiated in files of their own.
-#include <numeric>
-
 #include "backward_rows.cuh"
 #include "launch.h"
 #include "sm80/backward_launch.h"
@@ -11,8 +9,8 @@
 namespace ring_attention::cuda {
 namespace {
 
-// What a launch is cut into: rows that stay with a block, and rows that pass by at a time.
-struct TileSize {
+// What a launch is cut into: rows that stay with a block, and query rows that pass by at a time.
+struct BackwardTileSize {
   int rows, stream;
 };
 
@@ -24,14 +22,15 @@ cudaError_t visit_kernels(const BackwardParams& p, const Device& device, const V
     const auto visit = [&]<typename Elem>(Elem) {
       constexpr int kBytes = sizeof(Elem);
       if constexpr (kBytes == 2) {
-        if (device.hopper && p.deterministic && p.softcap == 0.0) {
+        if (device.hopper && p.softcap == 0.0) {
           constexpr sm90::BackwardShape kShape = sm90::backward_shape(Dims::kQk, Dims::kV);
-          return visitor(TileSize{kShape.rows, kShape.queries}, sm90::launch_backward<Elem, Dims>);
+          return visitor(BackwardTileSize{kShape.rows, kShape.queries},
+                         sm90::launch_backward<Elem, Dims>);
         }
       }
       const bool atomic_dq = !p.deterministic && sm80::has_atomic_dq(kBytes, Dims::kQk, Dims::kV);
       const sm80::BackwardTiles tiles = sm80::backward_tiles(kBytes, Dims::kQk, Dims::kV, large);
-      return visitor(TileSize{tiles.rows(), tiles.stream},
+      return visitor(BackwardTileSize{tiles.rows(), tiles.stream},
                      [&](BackwardCall call, cudaStream_t stream) {
                        call.atomic_dq = atomic_dq;
                        return sm80::launch_backward<Elem, Dims>(call, large, stream);
@@ -89,7 +88,7 @@ int64_t key_count(const KVBlocks& blocks) {
 }
 
 // Note [parts]: as many as it takes to have kWantedBlocks, as long as each has kLeastTiles.
-void set_parts(BackwardCall& call, const TileSize& tile) {
+void set_parts(BackwardCall& call, const BackwardTileSize& tile) {
   int64_t key_tiles = 0, passing_keys = 0;
   for (int i = 0; i < call.blocks.count; ++i) {
     key_tiles += divide_up(call.blocks.block[i].k_len, tile.rows);
@@ -112,7 +111,8 @@ struct Launch {
   BackwardCall call;
   int64_t workspace_bytes = 0;
 
-  Launch(const BackwardParams& p, int64_t first_block, const TileSize& tile, void* workspace) {
+  Launch(const BackwardParams& p, int64_t first_block, const BackwardTileSize& tile,
+         void* workspace) {
     const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
     call = {.q = static_cast<const char*>(p.q),
             .dout = static_cast<const char*>(p.dout),
@@ -123,7 +123,7 @@ struct Launch {
             .heads = static_cast<int>(p.heads),
             .kv_heads = static_cast<int>(p.kv_heads),
             .q_len = static_cast<int>(p.q_len),
-            .padded = static_cast<int>(round_up(p.q_len, std::lcm(128, tile.rows))),
+            .padded = static_cast<int>(round_up(p.q_len, 128)),
             .stream = tile.stream,
             .head_dim = static_cast<int>(p.head_dim),
             .v_head_dim = static_cast<int>(p.v_head_dim),
@@ -212,7 +212,7 @@ cudaError_t add_keys_parts(const BackwardCall& call, cudaStream_t stream) {
 int64_t backward_workspace_bytes(const BackwardParams& p, const Device& device) {
   int64_t bytes = 0;
   if (p.batch * p.heads * p.q_len == 0) return bytes;
-  visit_kernels(p, device, [&](const TileSize& tile, const auto&) {
+  visit_kernels(p, device, [&](const BackwardTileSize& tile, const auto&) {
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {
       bytes = std::max(bytes, Launch(p, i, tile, nullptr).workspace_bytes);
     }
@@ -224,7 +224,7 @@ int64_t backward_workspace_bytes(const BackwardParams& p, const Device& device) 
 cudaError_t backward(const BackwardParams& p, void* workspace, const Device& device,
                      cudaStream_t stream) {
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
-  return visit_kernels(p, device, [&](const TileSize& tile, const auto& launch) {
+  return visit_kernels(p, device, [&](const BackwardTileSize& tile, const auto& launch) {
     for (int64_t i = 0; i < p.num_blocks; i += kMaxBlocks) {  // before anything is written
       const Launch one(p, i, tile, workspace);
       if (!aligned(one.call)) return cudaErrorMisalignedAddress;

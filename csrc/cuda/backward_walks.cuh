@@ -27,6 +27,8 @@ struct DqTile {
 // are known of kRangeRows rows at a time.
 template <int kRows, int kKeys, int kRangeRows>
 struct KeyWalk {
+  static_assert(kRows % kRangeRows == 0);
+
   int block = 0, interval = -1, key = 0;
   RowsRange range{0, 0, 0, 0};
 

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "launch.h"
+#include "sm90/warps.h"
 
 namespace ring_attention::cuda {
 
@@ -21,6 +22,7 @@ Device device_of(int ordinal) {
     device = {.sm_count = ask(cudaDevAttrMultiProcessorCount),
               .smem_optin_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
               .hopper = ask(cudaDevAttrComputeCapabilityMajor) == 9};
+    device.hopper = device.hopper && device.smem_optin_bytes >= sm90::kMostSmemBytes;
   }
   return device;
 }

@@ -17,7 +17,7 @@ namespace ring_attention::cuda {
 struct Device {
   int sm_count = 0;
   int smem_optin_bytes = 0;  // shared memory one block may ask for
-  bool hopper = false;       // it runs machine code of sm_90a
+  bool hopper = false;       // it is for the kernels of sm90
 };
 
 // Asked once per device and kept.

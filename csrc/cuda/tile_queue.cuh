@@ -49,6 +49,7 @@ class TileQueue {
     next.wait();
   }
   RA_DEVICE void release() {
+    __syncwarp();  // all of its lanes are done
     if (threadIdx.x % 32 == 0) mbarrier_arrive(read());
     advance();
   }

@@ -43,9 +43,9 @@ RA_DEVICE void hold(uint32_t (&rows)[kCount][4]) {
   }
 }
 
-// sums[64 x kColumns] = a[64 x 16] b[16 x kColumns], or += with `add`. A warp's sums are fragments
-// of m16n8, kColumns / 8 of its 16 rows. b, and a where it is not in registers, are descriptors.
-// start_rows(): b is rows of B^T, in shared memory as a is. start_columns(): rows of B.
+// sums[64 x kColumns] = or += a[64 x 16] b[16 x kColumns]. A warp's sums are fragments of m16n8,
+// kColumns / 8 of its 16 rows. b, and a where it is not in registers, are descriptors.
+// start_rows(): b is rows of B^T, in shared memory as a is. add_columns(): rows of B.
 template <typename Elem, int kColumns>
 struct Wgmma;
 
@@ -59,7 +59,7 @@ struct Wgmma;
 #define RA_SUMS_8(i) RA_SUMS_4(i), RA_SUMS_4(i + 4)
 
 // n: kColumns; all: the registers of the sums; r0 ...: the operands after those.
-#define RA_WGMMA(Elem, type, n, all, r0, r1, r2, r3, r4, r5, ...)                                 \
+#define RA_WGMMA(Elem, type, n, all, r0, r1, r2, r3, r4, ...)                                     \
   template <>                                                                                     \
   struct Wgmma<Elem, n> {                                                                         \
     static RA_DEVICE void start_rows(float (&sums)[n / 8][4], uint64_t a, uint64_t b, bool add) { \
@@ -70,15 +70,14 @@ struct Wgmma;
                    : __VA_ARGS__                                                                  \
                    : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                 \
     }                                                                                             \
-    static RA_DEVICE void start_columns(float (&sums)[n / 8][4], const uint32_t (&a)[4],          \
-                                        uint64_t b, bool add) {                                   \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " r5                                     \
-                   ", 0;\n"                                                                       \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" all       \
-                   "}, {" r0 ", " r1 ", " r2 ", " r3 "}, " r4 ", add, 1, 1, 1;\n}\n"              \
-                   : __VA_ARGS__                                                                  \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
-                     "r"(static_cast<int>(add)));                                                 \
+    static RA_DEVICE void add_columns(float (&sums)[n / 8][4], const uint32_t (&a)[4],            \
+                                      uint64_t b) {                                               \
+      asm volatile(                                                                               \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                          \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" all "}, {" r0      \
+          ", " r1 ", " r2 ", " r3 "}, " r4 ", add, 1, 1, 1;\n}\n"                                 \
+          : __VA_ARGS__                                                                           \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
     }                                                                                             \
   };
 #define RA_WGMMA_OF_BOTH(...)             \
@@ -86,18 +85,18 @@ struct Wgmma;
   RA_WGMMA(Float16, "f16", __VA_ARGS__)
 
 RA_WGMMA_OF_BOTH(32, RA_UNITS ", %10, %11, %12, %13, %14, %15", "%16", "%17", "%18", "%19", "%20",
-                 "%21", RA_SUMS_4(0))
+                 RA_SUMS_4(0))
 RA_WGMMA_OF_BOTH(64, RA_UNITS ", " RA_TEN(1) ", " RA_TEN(2) ", %30, %31", "%32", "%33", "%34",
-                 "%35", "%36", "%37", RA_SUMS_8(0))
+                 "%35", "%36", RA_SUMS_8(0))
 RA_WGMMA_OF_BOTH(80, RA_UNITS ", " RA_TEN(1) ", " RA_TEN(2) ", " RA_TEN(3), "%40", "%41", "%42",
-                 "%43", "%44", "%45", RA_SUMS_8(0), RA_SUM(8), RA_SUM(9))
+                 "%43", "%44", RA_SUMS_8(0), RA_SUM(8), RA_SUM(9))
 RA_WGMMA_OF_BOTH(96, RA_UNITS ", " RA_TEN(1) ", " RA_TEN(2) ", " RA_TEN(3) ", %40, %41, %42, %43, "
-                 "%44, %45, %46, %47", "%48", "%49", "%50", "%51", "%52", "%53", RA_SUMS_8(0),
+                 "%44, %45, %46, %47", "%48", "%49", "%50", "%51", "%52", RA_SUMS_8(0),
                  RA_SUMS_4(8))
 RA_WGMMA_OF_BOTH(128,
                  RA_UNITS ", " RA_TEN(1) ", " RA_TEN(2) ", " RA_TEN(3) ", " RA_TEN(4) ", " RA_TEN(
                      5) ", %60, %61, %62, %63",
-                 "%64", "%65", "%66", "%67", "%68", "%69", RA_SUMS_8(0), RA_SUMS_8(8))
+                 "%64", "%65", "%66", "%67", "%68", RA_SUMS_8(0), RA_SUMS_8(8))
 
 #undef RA_WGMMA_OF_BOTH
 #undef RA_WGMMA
@@ -108,15 +107,16 @@ RA_WGMMA_OF_BOTH(128,
 #undef RA_TEN
 
 // sums[64 x kDim] += a[64 x 16] b[16 x kDim], b rows of a tile of Layout from `row` on.
+// In pieces that are a part of the registers each.
 template <typename Elem, typename Layout, int kDim>
-RA_DEVICE void start_columns(float (&sums)[kDim / 8][4], const uint32_t (&a)[4], uint64_t tile,
-                             int row) {
+RA_DEVICE void add_columns(float (&sums)[kDim / 8][4], const uint32_t (&a)[4], uint64_t tile,
+                           int row) {
   constexpr int kColumns = kDim % 128 == 0 ? 128 : kDim <= 96 ? kDim : 64;
   using Columns = float[kColumns / 8][4];
 #pragma unroll
   for (int d = 0; d < kDim; d += kColumns) {
-    Wgmma<Elem, kColumns>::start_columns(reinterpret_cast<Columns&>(sums[d / 8]), a,
-                                         tile + Layout::step(row, d), true);
+    Wgmma<Elem, kColumns>::add_columns(reinterpret_cast<Columns&>(sums[d / 8]), a,
+                                       tile + Layout::step(row, d));
   }
 }
 

@@ -7,7 +7,7 @@
     python -m ring_attention plan --tokens 1M --queries 1K --gpus 8 --compare
 
 Nothing is run: the schedules of the ranks are made and their steps simulated. Figures are named
-ones (A100 H100 H200 B200, published for other kernels; H100-sm80 and CPU, measured with ours;
+ones (A100 H100 H200 B200, published for other kernels; H100-sm90 and CPU, measured with ours;
 NVLink NVLink3 NVLink5 PCIe 400G 200G 100G 10G) or a file of `python -m ring_attention calibrate`.
 """
 

@@ -51,6 +51,8 @@ struct BackwardTile {
   using Queue = TileQueue<kStages, Stream::kBytes>;
   using VQueue = TileQueue<kStages, VStream::kBytes>;
 
+  static_assert(kStages >= 2 && kPassing % 16 == 0 && kRows % kRangeRows == 0);
+
   struct Matrices {
     alignas(1024) unsigned char kept[Kept::kBytes];
     alignas(1024) unsigned char v_kept[VKept::kBytes];

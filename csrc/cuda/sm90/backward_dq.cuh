@@ -23,16 +23,16 @@ struct DqSmem : Tile::Matrices {
 };
 
 // Q and dO of a tile of query rows, by all threads; K and V of the keys that it sees, by half of
-// the loading warpgroup each.
+// the loading warpgroup each, which is handed the walk at its first key tile, if there is one.
 template <typename Tile>
 class DqLoader {
+ public:
   using Walk = KeyWalk<Tile::kRows, Tile::kPassing, Tile::kRangeRows>;
 
- public:
   RA_DEVICE DqLoader(const BackwardCall& call, DqSmem<Tile>& smem, const DqTile& tile)
       : call_(call), smem_(smem), tile_(tile) {}
 
-  RA_DEVICE void load_queries() const {
+  RA_DEVICE void start_queries() const {
     copy_rows<typename Tile::Kept, Tile::kRows, Tile::kRoles.threads>(
         shared_address(smem_.kept), call_.q, call_.q_stride, tile_.sample, tile_.head, tile_.row, 0,
         call_.q_len, call_.head_dim);
@@ -40,15 +40,11 @@ class DqLoader {
         shared_address(smem_.v_kept), call_.dout, call_.dout_stride, tile_.sample, tile_.head,
         tile_.row, 0, call_.q_len, call_.v_head_dim);
     cp_async_commit();
-    cp_async_wait<0>();
-    fence_before_wgmma();
   }
 
-  RA_DEVICE void load_keys() const {
+  RA_DEVICE void load_keys(Walk walk, bool more) const {
     typename Tile::Queue queue(smem_.stream, smem_.barriers);
-    Walk walk;
-    for (bool more = true; more;) {
-      more = walk.next(call_, tile_);
+    while (true) {
       queue.wait_until_free();
       if (more) {
         const KVBlock& block = call_.blocks.block[walk.block];
@@ -66,12 +62,14 @@ class DqLoader {
                                        .run = more ? walk.run(call_) : 0};
       }
       queue.publish();
+      if (!more) return;
+      more = walk.next(call_, tile_);
     }
   }
 
-  RA_DEVICE void load_values() const {
+  RA_DEVICE void load_values(Walk walk, bool more) const {
     typename Tile::VQueue queue(smem_.v_stream, smem_.v_barriers);
-    for (Walk walk; walk.next(call_, tile_);) {
+    for (; more; more = walk.next(call_, tile_)) {
       const KVBlock& block = call_.blocks.block[walk.block];
       queue.wait_until_free();
       copy_rows<typename Tile::VStream, Tile::kPassing, WarpRoles::kLoaders>(
@@ -160,8 +158,9 @@ class DqSums {
     wgmma_wait<1>();
     hold(s);
     exponentiate(s, call_.score.scale, [&](int, int, int r) { return lse_[r]; });
-    keys_
-        .wait_for_next();  // here, as the compiler moves a wait for products up, but not over loops
+    // Here, because the compiler moves the wait for dP up, before the exponentials, but not across
+    // a loop.
+    keys_.wait_for_next();
     wgmma_wait<0>();
     hold(dp);
     values_.release();
@@ -198,20 +197,24 @@ __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<DqSmem<Tile>*>(memory);
   const DqTile tile(call, Tile::kRows);
+  typename DqLoader<Tile>::Walk walk;
+  const bool more = walk.next(call, tile);
+  if (!more && call.dq_parts == 1) return;
   const DqLoader<Tile> loader(call, smem, tile);
+  loader.start_queries();
   smem.init_barriers();
-  loader.load_queries();
   __syncthreads();
   if (threadIdx.x >= Tile::kRoles.readers) {
     give_up_registers<Tile::kRoles.loader_registers>();
     if (threadIdx.x < Tile::kRoles.readers + WarpRoles::kLoaders) {
-      loader.load_keys();
+      loader.load_keys(walk, more);
     } else {
-      loader.load_values();
+      loader.load_values(walk, more);
     }
   } else {
     take_registers<Tile::kRoles.reader_registers>();
     DqSums<Elem, Tile> sums(call, smem, tile);
+    wait_for_kept_rows<Tile>();
     sums.sum();
     sums.write();
   }

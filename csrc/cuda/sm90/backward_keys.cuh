@@ -31,13 +31,14 @@ struct KeysSmem : Tile::Matrices {
 template <typename Tile>
 class KeysLoader {
   static constexpr int kQueries = Tile::kPassing;
-  using Walk = QueryWalk<Tile::kRows>;
 
  public:
+  using Walk = QueryWalk<Tile::kRows>;
+
   RA_DEVICE KeysLoader(const BackwardCall& call, KeysSmem<Tile>& smem, const KeysTile& tile)
       : call_(call), smem_(smem), tile_(tile) {}
 
-  RA_DEVICE void load_keys() const {
+  RA_DEVICE void start_keys() const {
     const KVBlock& block = call_.blocks.block[tile_.block];
     const int k_len = static_cast<int>(block.k_len);
     copy_rows<typename Tile::Kept, Tile::kRows, Tile::kRoles.threads>(
@@ -47,15 +48,11 @@ class KeysLoader {
         shared_address(smem_.v_kept), block.v, block.v_stride, tile_.sample, tile_.kv_head,
         tile_.key, 0, k_len, call_.v_head_dim);
     cp_async_commit();
-    cp_async_wait<0>();
-    fence_before_wgmma();
   }
 
-  RA_DEVICE void load_queries() const {
+  RA_DEVICE void load_queries(Walk walk, bool more) const {
     typename Tile::Queue queue(smem_.stream, smem_.barriers);
-    Walk walk;
-    for (bool more = true; more;) {
-      more = walk.next(call_, tile_);
+    while (true) {
       queue.wait_until_free();
       auto& passing = smem_.passing[queue.slot()];
       if (more) {
@@ -70,12 +67,14 @@ class KeysLoader {
       }
       if (thread() == 0) passing.last = !more, passing.masked = more && walk.masked();
       queue.publish();
+      if (!more) return;
+      more = walk.next(call_, tile_);
     }
   }
 
-  RA_DEVICE void load_douts() const {
+  RA_DEVICE void load_douts(Walk walk, bool more) const {
     typename Tile::VQueue queue(smem_.v_stream, smem_.v_barriers);
-    for (Walk walk; walk.next(call_, tile_);) {
+    for (; more; more = walk.next(call_, tile_)) {
       queue.wait_until_free();
       copy_rows<typename Tile::VStream, kQueries, WarpRoles::kLoaders>(
           queue.tile(), call_.dout, call_.dout_stride, tile_.sample, walk.head,
@@ -204,20 +203,24 @@ __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& smem = *reinterpret_cast<KeysSmem<Tile>*>(memory);
   const KeysTile tile(call, Tile::kRows);
+  typename KeysLoader<Tile>::Walk walk;
+  const bool more = walk.next(call, tile);
+  if (!more && call.head_parts * call.row_parts == 1) return;
   const KeysLoader<Tile> loader(call, smem, tile);
+  loader.start_keys();
   smem.init_barriers();
-  loader.load_keys();
   __syncthreads();
   if (threadIdx.x >= Tile::kRoles.readers) {
     give_up_registers<Tile::kRoles.loader_registers>();
     if (threadIdx.x < Tile::kRoles.readers + WarpRoles::kLoaders) {
-      loader.load_queries();
+      loader.load_queries(walk, more);
     } else {
-      loader.load_douts();
+      loader.load_douts(walk, more);
     }
   } else {
     take_registers<Tile::kRoles.reader_registers>();
     KeysSums<Elem, Tile, kSum> sums(call, smem, tile);
+    wait_for_kept_rows<Tile>();
     sums.sum();
     sums.write();
   }

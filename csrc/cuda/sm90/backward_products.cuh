@@ -37,7 +37,7 @@ RA_DEVICE void start_sums(Sums<kDim>& sums, const Weights<kPassing>& weights, ui
   const uint64_t b = Stream::descriptor(passing);
 #pragma unroll
   for (int row = 0; row < kPassing; row += 16) {
-    start_columns<Elem, Stream, kDim>(sums, weights[row / 16], b, row);
+    add_columns<Elem, Stream, kDim>(sums, weights[row / 16], b, row);
   }
   wgmma_commit();
 }
@@ -88,6 +88,15 @@ RA_DEVICE void copy_rows(uint32_t tile, const void* data, const Strides& bytes, 
                          int head, int row, int begin, int end, int dim) {
   const char* of_head = static_cast<const char*>(data) + sample * bytes.batch + head * bytes.head;
   TileCopy<Layout, kThreads>::template rows<kRows>(tile, of_head, bytes.row, row, begin, end, dim);
+}
+
+// Until the rows that stay are there, for readers: those that loaders copied have arrived when
+// their first tiles have.
+template <typename Tile>
+RA_DEVICE void wait_for_kept_rows() {
+  cp_async_wait<0>();
+  fence_before_wgmma();
+  named_barrier(2, Tile::kRoles.readers);
 }
 
 // Adds sums, times `factor`, to the rows from `row` on of `to` [rows, dim]: or writes them, where

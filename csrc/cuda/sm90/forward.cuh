@@ -38,13 +38,16 @@ class Loader {
   RA_DEVICE Loader(const ForwardCall& call, Smem& smem, const QueryTile& tile)
       : params_(call.params), smem_(smem), tile_(tile) {}
 
-  RA_DEVICE void load_query() const {
+  RA_DEVICE void start_query() const {
     const auto* q = static_cast<const char*>(params_.q);
     TileCopy<typename Tile::Query, Tile::kThreads>::template run<Tile::kRows>(
         shared_address(smem_.q), static_cast<int>(params_.head_dim), [&](int row) -> const char* {
           return tile_.real(row) ? q + tile_.offset(row, params_.q_stride) * 2 : nullptr;
         });
     cp_async_commit();
+  }
+  // Before a barrier of all, after which it is there.
+  static RA_DEVICE void finish_query() {
     cp_async_wait<0>();
     fence_before_wgmma();
   }
@@ -101,9 +104,9 @@ class Loader {
   typename Tile::ValueQueue values_{smem_.v, smem_.v_barriers};
 };
 
-template <typename Elem, typename Tile, bool kSoftcap>
-class Forward : public ForwardRows<Elem, Tile, kSoftcap> {
-  using Rows = ForwardRows<Elem, Tile, kSoftcap>;
+template <typename Elem, typename Tile>
+class Forward : public ForwardRows<Elem, Tile, false> {
+  using Rows = ForwardRows<Elem, Tile, false>;
   using Rows::acc_, Rows::kKeys, Rows::kV;
   using typename Rows::Probs, typename Rows::Scores;
   using Smem = typename Tile::SharedMemoryPlan;
@@ -221,7 +224,7 @@ class Forward : public ForwardRows<Elem, Tile, kSoftcap> {
     const uint64_t v = Values::descriptor(values_.tile());
 #pragma unroll
     for (int n = 0; n < kKeys; n += 16) {
-      start_columns<Elem, Values, kV>(acc_[0], probs[0][n / 16], v, n);
+      add_columns<Elem, Values, kV>(acc_[0], probs[0][n / 16], v, n);
     }
     wgmma_commit();
   }
@@ -241,7 +244,7 @@ class Forward : public ForwardRows<Elem, Tile, kSoftcap> {
   typename Tile::ValueQueue values_{smem_.v, smem_.v_barriers};
 };
 
-template <typename Elem, typename Tile, bool kSoftcap>
+template <typename Elem, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardCall call) {
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const QueryTile tile(call.grid, block / parts, Tile::kRows);
   Loader<Tile> loader(call, smem, tile);
-  loader.load_query();
+  loader.start_query();
   if (thread < Tile::kStages) {
     smem.k_barriers.init(thread, WarpRoles::kLoaders, Tile::kRoles.readers / 32);
     smem.v_barriers.init(thread, WarpRoles::kLoaders, Tile::kRoles.readers / 32);
@@ -260,6 +263,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     give_up_registers<Tile::kRoles.loader_registers>();
     do {
       __syncthreads();
+      Loader<Tile>::finish_query();
       __syncthreads();
       if (thread < Tile::kRoles.readers + WarpRoles::kLoaders) {
         loader.load_keys();
@@ -269,7 +273,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     } while (smem.plan.more);
   } else {
     take_registers<Tile::kRoles.reader_registers>();
-    Forward<Elem, Tile, kSoftcap> forward(call, smem, tile);
+    Forward<Elem, Tile> forward(call, smem, tile);
     forward.prefetch_carry();
     int first = 0;
     do {
@@ -277,6 +281,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       smem.plan.template make<Tile::kRows, Tile::kKeys>(call.blocks, tile, first, sizeof(Elem),
                                                         call.parts.keys_of(part),
                                                         Tile::kRoles.readers / 32);
+      Loader<Tile>::finish_query();
       __syncthreads();
       forward.fold_runs();
       first += kMaxRuns;
@@ -292,8 +297,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 template <typename Elem, typename Dims>
 cudaError_t launch_forward(const ForwardCall& call, cudaStream_t stream) {
   using Tile = ForwardTile<Dims::kQk, Dims::kV>;
-  return start(forward_kernel<Elem, Tile, false>, call.grid_size(), Tile::kThreads,
-               Tile::kSmemBytes, stream, call);
+  return start(forward_kernel<Elem, Tile>, call.grid_size(), Tile::kThreads, Tile::kSmemBytes,
+               stream, call);
 }
 
 }  // namespace ring_attention::cuda::sm90

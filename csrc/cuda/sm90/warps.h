@@ -17,6 +17,8 @@ struct WarpRoles {
   static constexpr int kLoaders = 64;  // half of the loading warpgroup, for one of two tensors
 
   static constexpr WarpRoles of(int rows) {
+    // Registers, 64 thousand, are enough for three warpgroups beside the loaders.
+    if (rows % 64 != 0 || rows > 192) throw "rows are 64, 128 or 192";
     const int groups = rows / 64, threads = (groups + 1) * 128;
     const int registers = kMostRegisters / threads / 8 * 8, loader = groups == 2 ? 40 : 32;
     return {.readers = groups * 128,
