@@ -20,8 +20,8 @@ bool always() { return true; }
 
 #ifdef RA_PTXVM
 constexpr Isa on_virtual_gpu(const char* name) {
-  return {name, ptx::supported, ptx::recommended, ptx::forward, ptx::backward, ptx::peak_flops, 16,
-          ptx::combine, ptx::finish, ptx::delta, ptx::sink_gradient};
+  return {name, ptx::supported, ptx::recommended, ptx::forward, ptx::backward,     ptx::peak_flops,
+          16,   ptx::combine,   ptx::finish,      ptx::delta,   ptx::sink_gradient};
 }
 #endif
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The rows of the ISA table that test builds have (make vm): the CUDA kernels, their PTX executed on
-// the CPU by tests/ptxvm. They have only the portable row beside them. One implementation: which of
-// the rows was chosen says what device it is.
+// The rows of the ISA table that test builds have (make vm): the CUDA kernels, their PTX executed
+// on the CPU by tests/ptxvm. They have only the portable row beside them. One implementation: which
+// of the rows was chosen says what device it is.
 #pragma once
 
 #include "kernels.h"

@@ -77,14 +77,16 @@ void Block::schedule() {
 }
 
 void Block::deadlock() const {
-  const auto waits = [](const auto& warp) { return warp->state != Warp::State::kDone; };
-  const Warp& warp = **std::ranges::find_if(warps_, waits);
-  std::string what = "deadlock: waits at a barrier that cannot complete";
-  if (warp.state == Warp::State::kAwaiting)
-    what = warp.awaited() == Warp::kRegisters
-               ? "deadlock: waits for registers that no warp gives up"
-               : "deadlock: waits for " + mbarriers.describe(warp.awaited());
-  fail(&warp, Fault(what));
+  const Warp* first = nullptr;
+  for (const auto& warp : warps_) {
+    if (warp->state == Warp::State::kAwaiting && warp->awaited() == Warp::kRegisters)
+      fail(warp.get(), Fault("deadlock: waits for registers that no warp gives up"));
+    if (warp->state != Warp::State::kDone && first == nullptr) first = warp.get();
+  }
+  const bool at_barrier = first->state == Warp::State::kAtBarrier;
+  fail(first,
+       Fault("deadlock: waits " + (at_barrier ? "at a barrier that cannot complete"
+                                              : "for " + mbarriers.describe(first->awaited()))));
 }
 
 void Block::wake() {

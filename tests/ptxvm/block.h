@@ -73,7 +73,7 @@ class Block {
   std::vector<std::unique_ptr<Warp>> warps_;
   std::array<Barrier, 16> barriers_;
   std::vector<std::vector<WarpgroupStep>> steps_;  // by warpgroup: what its first warp executed
-  uint32_t free_registers_ = 0;  // of the block, by lane
+  uint32_t free_registers_ = 0;                    // of the block, by lane
   uint32_t last_epoch_ = 0;
 };
 

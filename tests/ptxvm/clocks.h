@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Note [happens before]. Each warp counts its epochs: a barrier, also bar.warp.sync, ends one, and so
-// does an arrival at an mbarrier. A warp knows for every thread the last epoch that is ordered
+// Note [happens before]. Each warp counts its epochs: a barrier, also bar.warp.sync, ends one, and
+// so does an arrival at an mbarrier. A warp knows for every thread the last epoch that is ordered
 // before what the warp does now. An access of epoch e is ordered before mine if I know of its
 // thread's epoch e, or if it is my own. Two accesses, one of them a write, that are not ordered are
 // a race, whatever the values. A barrier of the warp or the block tells of all of a warp's threads;

@@ -35,8 +35,7 @@ void Mbarriers::init(Warp& warp, int lane, uint32_t offset, uint32_t count) {
 Mbarriers::Mbarrier& Mbarriers::find(Warp& warp, LaneMask lanes, const Knowledge& known,
                                      uint32_t offset, const char* what) {
   const auto live = live_.find(offset);
-  if (live == live_.end())
-    throw Fault(std::string(what) + ": not initialised", first_lane(lanes));
+  if (live == live_.end()) throw Fault(std::string(what) + ": not initialised", first_lane(lanes));
   Mbarrier& barrier = live->second;
   const LaneMask others =
       barrier.thread / kLanes == warp.id ? lanes & ~(1u << barrier.thread % kLanes) : lanes;
@@ -55,14 +54,15 @@ void Mbarriers::check_order(const Mbarrier& barrier, const Warp& warp, LaneMask 
   for (size_t i = 0; i < barrier.completed.known.size(); ++i) {
     if (barrier.completed.known[i] <= known.known[i]) continue;
     const int thread = static_cast<int>(i);
-    const LaneMask others =
-        thread / kLanes == warp.id ? lanes & ~(1u << thread % kLanes) : lanes;
+    const LaneMask others = thread / kLanes == warp.id ? lanes & ~(1u << thread % kLanes) : lanes;
     if (others == 0) continue;
-    throw Fault("mbarrier.arrive: nothing orders it after the end of the phase before, for which "
-                "warp " + std::to_string(thread / kLanes) + " lane " +
-                    std::to_string(thread % kLanes) + " arrived: more arrive than the " +
-                    std::to_string(barrier.count) + " it counts, or one has not waited",
-                first_lane(others), barrier.instruction, "initialised");
+    throw Fault(
+        "mbarrier.arrive: nothing orders it after the end of the phase before, for which "
+        "warp " +
+            std::to_string(thread / kLanes) + " lane " + std::to_string(thread % kLanes) +
+            " arrived: more arrive than the " + std::to_string(barrier.count) +
+            " it counts, or one has not waited",
+        first_lane(others), barrier.instruction, "initialised");
   }
 }
 
@@ -72,9 +72,9 @@ bool Mbarriers::arrive(Warp& warp, LaneMask lanes, uint32_t offset) {
   if (block_.launch.checks.races) check_order(barrier, warp, lanes, known);
   const auto arrivals = static_cast<uint32_t>(std::popcount(lanes));
   if (barrier.arrived + arrivals > barrier.count)
-    throw Fault("mbarrier.arrive: more threads arrive than the " + std::to_string(barrier.count) +
-                    " it counts",
-                first_lane(lanes), barrier.instruction, "initialised");
+    throw Fault(
+        "mbarrier.arrive: more arrive than the " + std::to_string(barrier.count) + " it counts",
+        first_lane(lanes), barrier.instruction, "initialised");
   warp.clock.release(lanes, barrier.arriving);
   barrier.arrived += arrivals;
   if (barrier.arrived != barrier.count) return false;

@@ -40,7 +40,7 @@ class Mbarriers {
  private:
   struct Mbarrier {
     uint32_t count, arrived = 0, phase = 0;
-    int thread;            // that initialised it, and when
+    int thread;  // that initialised it, and when
     uint32_t epoch, instruction;
     Knowledge arriving, completed;  // of this phase's arrivals; of the one before
     std::vector<uint32_t> waited;   // by warp: its epoch when it had waited for the phase before

@@ -18,10 +18,10 @@ namespace {
 const Opcodes& opcodes() {
   static const Opcodes table = [] {
     Opcodes result;
-    for (auto add : {add_arithmetic, add_bits, add_floating, add_halves, add_conversions,
-                     add_comparisons, add_moves, add_control, add_memory, add_atomics,
-                     add_async_copies, add_matrix, add_collectives, add_barriers, add_mbarriers,
-                     add_warpgroup})
+    for (auto add :
+         {add_arithmetic, add_bits, add_floating, add_halves, add_conversions, add_comparisons,
+          add_moves, add_control, add_memory, add_atomics, add_async_copies, add_matrix,
+          add_collectives, add_barriers, add_mbarriers, add_warpgroup})
       add(result);
     return result;
   }();

@@ -178,7 +178,8 @@ void SharedRaces::end_copy(const Accessor& by, uint32_t offset, uint32_t bytes) 
 }
 
 void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {
-  uint32_t epoch = base_, warp = 0, fences = 0;  // of a write that was found to be in order
+  // Of a write that was found to be in order; none yet.
+  uint32_t epoch = kMbarrier - 1, warp = 0, fences = 0;
   for (uint32_t offset : offsets) {
     for (uint32_t cell = offset / 4; cell < offset / 4 + 4; ++cell) {
       const uint32_t writer = (write_thread_[cell] & kThread) / kLanes;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// wgmma, setmaxnreg and fence.proxy.async, of sm_90a. See Note [wgmma]; shared-memory descriptors and fragments
-// as in the PTX manual, 9.7.15.
+// wgmma, setmaxnreg and fence.proxy.async, of sm_90a. See Note [wgmma]; shared-memory descriptors
+// and fragments as in the PTX manual, 9.7.15.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

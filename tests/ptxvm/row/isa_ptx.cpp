@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The rows "ptx-sm80" and "ptx-sm90" of the ISA table: the launchers of csrc/cuda, on host memory,
-// through the virtual GPU, an A100 or an H100 as far as they ask. Kernels may touch what the params point at and nothing else. float64, which CUDA has
-// no kernels for, goes to the portable row.
+// through the virtual GPU, an A100 or an H100 as far as they ask. Kernels may touch what the params
+// point at and nothing else. float64, which CUDA has no kernels for, goes to the portable row.
 //
 //   RING_ATTENTION_PTXVM_SEED   the order of blocks, warps and steps; 1 when unset
 //   RING_ATTENTION_PTXVM_SMEM   KiB of shared memory a block may have; 163 or 227 when unset
