@@ -52,14 +52,17 @@ EMULATED_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py 
 
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
-# A build whose ISA table has the row ptx-sm80, see tests/ptxvm. Its kernels: 1 compiles PTX alone,
+# A build whose ISA table has the rows ptx-sm80 and ptx-sm90 (Hopper; of its own kernels, none of which
+# is for fp32, the operators' tests alone), see tests/ptxvm. Its kernels: 1 compiles PTX alone,
 # half the work of every GPU, which is what one wants after a change; build/cuda links the objects
 # of `make cuda`, which hold the PTX too, so that nvcc runs once for both.
 VM = build/ptxvm
 PTXVM ?= 1
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
+ON_HOPPER = $(ON_VM) RING_ATTENTION_CPU=ptx-sm90
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
+HOPPER_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py -m "isa or vm" -k "not float32"
 # The runs of vm-full, SEED-KIB and one with the other backward: a log each, of those that passed.
 FULL = $(VM)/full
 SEEDS ?= 1 2 3 4 5
@@ -133,6 +136,7 @@ cuda-build: $(VENV)/built
 
 vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
+	$(ON_HOPPER) $(HOPPER_TESTS) $(ARGS)
 	$(BIN)/python -m pytest tests/test_ptxvm.py -k form
 
 # Broken off and called again, it goes on with the runs that have not passed since the last change.

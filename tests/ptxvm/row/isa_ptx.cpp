@@ -42,7 +42,7 @@ void write_statistics() {
   std::ofstream file(std::getenv("RING_ATTENTION_PTXVM_STATISTICS"));
   for (const auto& [kernel, x] : ptxvm::statistics()) {
     file << kernel << ' ' << x.threads << ' ' << x.shared_bytes << ' ' << x.instructions << ' '
-         << x.mma << ' ' << x.shared_passes << ' ' << x.bank_conflicts << '\n';
+         << x.mma + x.wgmma << ' ' << x.shared_passes << ' ' << x.bank_conflicts << '\n';
   }
 }
 
