@@ -62,11 +62,13 @@ ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
 ON_HOPPER = $(ON_VM) RING_ATTENTION_CPU=ptx-sm90
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
-HOPPER_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py -m "isa or vm" -k "not float32"
-# The runs of vm-full, SEED-KIB and one with the other backward: a log each, of those that passed.
+HOPPER_CHOICE = -k "not float32"
+HOPPER_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py -m "isa or vm" $(HOPPER_CHOICE)
+# The runs of vm-full, SEED-KIB (227: Hopper) and one with the other backward: a log each, of those
+# that passed.
 FULL = $(VM)/full
 SEEDS ?= 1 2 3 4 5
-FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
+FULL_LOGS = $(foreach kib,163 99 227,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
 TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
 .PHONY: demo test check sanitize emulated cuda cuda-build vm vm-full vm-build gpu mutants calibrate bench clean prerequisites
@@ -147,6 +149,8 @@ vm-full: $(FULL_LOGS)
 FULL_RUN = $(ON_VM) $(FULL_SETTINGS) $(VM_TESTS) --every-parameter $(FULL_CHOICE) $(ARGS)
 $(FULL)/%.log: FULL_SETTINGS = RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*)) \
     RING_ATTENTION_PTXVM_SMEM=$(lastword $(subst -, ,$*))
+$(FULL)/%-227.log: FULL_SETTINGS = RING_ATTENTION_CPU=ptx-sm90 RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*))
+$(FULL)/%-227.log: FULL_CHOICE = $(HOPPER_CHOICE)
 $(FULL)/atomic.log: FULL_SETTINGS = RING_ATTENTION_CUDA_BACKWARD=atomic
 $(FULL)/atomic.log: FULL_CHOICE = -k "error_is_at_most or heads or head_dim or any_problem"
 $(FULL)/%.log: $(TESTED) | vm-build

@@ -2,8 +2,8 @@
 """What the CUDA kernels execute for a fixed problem, counted by the virtual GPU (make vm).
 
 tests/ptx_budget.json says, per kernel: threads and shared memory of a block; instructions of its
-warps, tensor products (mma, wgmma), passes of shared memory, and passes more for bank conflicts. Two
-percent more instructions fail, and one more conflict does.
+warps, tensor products (mma and wgmma), passes of shared memory, and passes more for bank conflicts.
+Two percent more instructions fail, and one more conflict does.
 
     make vm-build
     RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=build/ptxvm/lib PYTHONSAFEPATH=1 \\
