@@ -52,18 +52,23 @@ EMULATED_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py 
 
 # The CUDA operators for every GPU, and the compiler's report on each kernel.
 CUDA_BUILD = build/cuda
-# A build whose ISA table has the row ptx-sm80, see tests/ptxvm. Its kernels: 1 compiles PTX alone,
+# A build whose ISA table has the rows ptx-sm80 and ptx-sm90 (Hopper; of its own kernels, none of which
+# is for fp32, the operators' tests alone), see tests/ptxvm. Its kernels: 1 compiles PTX alone,
 # half the work of every GPU, which is what one wants after a change; build/cuda links the objects
 # of `make cuda`, which hold the PTX too, so that nvcc runs once for both.
 VM = build/ptxvm
 PTXVM ?= 1
 ON_VM = RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=$(VM)/lib PYTHONSAFEPATH=1
+ON_HOPPER = $(ON_VM) RING_ATTENTION_CPU=ptx-sm90
 VM_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py tests/test_ring.py \
     tests/test_invariant.py tests/test_ptx_counts.py -m "isa or vm"
-# The runs of vm-full, SEED-KIB and one with the other backward: a log each, of those that passed.
+HOPPER_CHOICE = -k "not float32"
+HOPPER_TESTS = $(BIN)/python -m pytest -p no:cacheprovider tests/test_ops*.py -m "isa or vm" $(HOPPER_CHOICE)
+# The runs of vm-full, SEED-KIB (227: Hopper) and one with the other backward: a log each, of those
+# that passed.
 FULL = $(VM)/full
 SEEDS ?= 1 2 3 4 5
-FULL_LOGS = $(foreach kib,163 99,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
+FULL_LOGS = $(foreach kib,163 99 227,$(SEEDS:%=$(FULL)/%-$(kib).log)) $(FULL)/atomic.log
 TESTED = $(NATIVE) $(shell find ring_attention tests -name '*.py' -o -path 'tests/ptxvm/*' -name '*.[ch]*')
 
 .PHONY: demo test check sanitize emulated cuda cuda-build vm vm-full vm-build gpu mutants calibrate bench clean prerequisites
@@ -133,6 +138,7 @@ cuda-build: $(VENV)/built
 
 vm: vm-build
 	$(ON_VM) $(VM_TESTS) $(ARGS)
+	$(ON_HOPPER) $(HOPPER_TESTS) $(ARGS)
 	$(BIN)/python -m pytest tests/test_ptxvm.py -k form
 
 # Broken off and called again, it goes on with the runs that have not passed since the last change.
@@ -143,6 +149,8 @@ vm-full: $(FULL_LOGS)
 FULL_RUN = $(ON_VM) $(FULL_SETTINGS) $(VM_TESTS) --every-parameter $(FULL_CHOICE) $(ARGS)
 $(FULL)/%.log: FULL_SETTINGS = RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*)) \
     RING_ATTENTION_PTXVM_SMEM=$(lastword $(subst -, ,$*))
+$(FULL)/%-227.log: FULL_SETTINGS = RING_ATTENTION_CPU=ptx-sm90 RING_ATTENTION_PTXVM_SEED=$(firstword $(subst -, ,$*))
+$(FULL)/%-227.log: FULL_CHOICE = $(HOPPER_CHOICE)
 $(FULL)/atomic.log: FULL_SETTINGS = RING_ATTENTION_CUDA_BACKWARD=atomic
 $(FULL)/atomic.log: FULL_CHOICE = -k "error_is_at_most or heads or head_dim or any_problem"
 $(FULL)/%.log: $(TESTED) | vm-build

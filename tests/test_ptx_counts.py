@@ -2,8 +2,8 @@
 """What the CUDA kernels execute for a fixed problem, counted by the virtual GPU (make vm).
 
 tests/ptx_budget.json says, per kernel: threads and shared memory of a block; instructions of its
-warps, tensor products (mma), passes of shared memory, and passes more for bank conflicts. Two
-percent more instructions fail, and one more conflict does.
+warps, tensor products (mma and wgmma), passes of shared memory, and passes more for bank conflicts.
+Two percent more instructions fail, and one more conflict does.
 
     make vm-build
     RING_ATTENTION_CPU=ptx-sm80 PYTHONPATH=build/ptxvm/lib PYTHONSAFEPATH=1 \\
@@ -23,8 +23,12 @@ import ring_attention
 
 BUDGET = Path(__file__).with_name("ptx_budget.json")
 COUNTS = ("threads", "shared_bytes", "instructions", "mma", "shared_passes", "bank_conflicts")
-# Of the two sizes of shared memory, and of the two backwards.
-ROWS = (("163", "deterministic"), ("99", "atomic"))
+# Of two devices, the first also with less shared memory, and of the two backwards.
+ROWS = (
+    ("ptx-sm80", "163", "deterministic"),
+    ("ptx-sm80", "99", "atomic"),
+    ("ptx-sm90", "227", "deterministic"),
+)
 SHAPES = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 RUN = """
 import torch
@@ -51,9 +55,10 @@ def plain(kernel: str) -> str:
 def counted(folder: Path) -> Counts:
     """What every kernel executed, over the rows; each in a process of its own."""
     found: Counts = {}
-    for smem, backward in ROWS:
-        file = folder / f"{smem}-{backward}"
+    for isa, smem, backward in ROWS:
+        file = folder / f"{isa}-{smem}-{backward}"
         settings = {
+            "RING_ATTENTION_CPU": isa,
             "RING_ATTENTION_PTXVM_STATISTICS": str(file),
             "RING_ATTENTION_PTXVM_SEED": "1",
             "RING_ATTENTION_PTXVM_SMEM": smem,

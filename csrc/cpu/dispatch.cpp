@@ -18,11 +18,17 @@ namespace {
 bool always() { return true; }
 [[maybe_unused]] bool never() { return false; }
 
+#ifdef RA_PTXVM
+constexpr Isa on_virtual_gpu(const char* name) {
+  return {name, ptx::supported, ptx::recommended, ptx::forward, ptx::backward,     ptx::peak_flops,
+          16,   ptx::combine,   ptx::finish,      ptx::delta,   ptx::sink_gradient};
+}
+#endif
+
 constexpr Isa kIsas[] = {
 #if defined(RA_PTXVM)
-    {"ptx-sm80", ptx_sm80::supported, ptx_sm80::recommended, ptx_sm80::forward, ptx_sm80::backward,
-     ptx_sm80::peak_flops, 16, ptx_sm80::combine, ptx_sm80::finish, ptx_sm80::delta,
-     ptx_sm80::sink_gradient},
+    on_virtual_gpu("ptx-sm80"),
+    on_virtual_gpu(ptx::kHopper),
 #elif defined(RA_EMULATED)
     // Where AVX2 is: it does what these rows' instructions would, see instructions.h.
     {"amx", avx2::supported, never, amx::forward, amx::backward, amx::peak_flops},

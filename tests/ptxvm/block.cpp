@@ -25,6 +25,8 @@ void Block::start() {
   }
   races.start(last_epoch_);
   for (auto& barrier : barriers_) barrier = {};
+  mbarriers.start();
+  free_registers_ = 0;
   for (auto& steps : steps_) steps.clear();
   for (auto& warp : warps_) warp->start(last_epoch_);
 }
@@ -38,8 +40,10 @@ void Block::run(uint32_t block_number) {
   for (const auto& warp : warps_) {
     if (warp->copies_in_flight()) fail(warp.get(), Fault("exit with a cp.async not waited for"));
     if (warp->products.in_flight()) fail(warp.get(), Fault("exit with a wgmma not waited for"));
-    if (warp->products.steps != warps_[warp->id / 4 * 4]->products.steps)
-      fail(warp.get(), Fault("wgmma: not executed by all four warps of the warpgroup"));
+    if (const size_t steps = warp->products.steps, group = static_cast<size_t>(warp->id) / 4;
+        group < steps_.size() && steps != steps_[group].size())
+      fail(warp.get(), Fault(name_of(steps_[group][steps]) +
+                             ": not executed by all four warps of the warpgroup"));
     last_epoch_ = std::max(last_epoch_, warp->clock.now());
   }
 }
@@ -56,11 +60,7 @@ void Block::schedule() {
       all_done &= warp->state == Warp::State::kDone;
     }
     if (all_done) break;
-    if (runnable.empty()) {
-      for (const auto& warp : warps_)
-        if (warp->state == Warp::State::kAtBarrier)
-          fail(warp.get(), Fault("deadlock: waits at a barrier that cannot complete"));
-    }
+    if (runnable.empty()) deadlock();
     Warp& warp = *runnable[launch.random() % runnable.size()];
     uint64_t quantum = launch.random() % 4 == 0 ? 1'000'000 : 1 + launch.random() % 200;
     try {
@@ -74,6 +74,38 @@ void Block::schedule() {
       for (Barrier& barrier : barriers_) complete_if_full(barrier);
   }
   launch.statistics.instructions += steps;
+}
+
+void Block::deadlock() const {
+  const Warp* first = nullptr;
+  for (const auto& warp : warps_) {
+    if (warp->state == Warp::State::kAwaiting && warp->awaited() == Warp::kRegisters)
+      fail(warp.get(), Fault("deadlock: waits for registers that no warp gives up"));
+    if (warp->state != Warp::State::kDone && first == nullptr) first = warp.get();
+  }
+  const bool at_barrier = first->state == Warp::State::kAtBarrier;
+  fail(first,
+       Fault("deadlock: waits " + (at_barrier ? "at a barrier that cannot complete"
+                                              : "for " + mbarriers.describe(first->awaited()))));
+}
+
+void Block::wake() {
+  for (auto& warp : warps_) warp->wake();
+}
+
+bool Block::set_registers(Warp& warp, uint32_t count, bool more) {
+  if (launch.program.registers_per_thread == 0)
+    throw Fault("setmaxnreg: a kernel without __launch_bounds__");
+  if (count % 8 != 0 || count < 24 || count > 256)
+    throw Fault("setmaxnreg: " + std::to_string(count) + " is no multiple of 8 from 24 to 256");
+  if (more ? count < warp.registers : count > warp.registers)
+    throw Fault("setmaxnreg." + std::string(more ? "inc" : "dec") + " from " +
+                std::to_string(warp.registers) + " to " + std::to_string(count));
+  if (more && count - warp.registers > free_registers_) return false;
+  free_registers_ += warp.registers - count;
+  warp.registers = count;
+  if (!more) wake();
+  return true;
 }
 
 uint32_t Block::warps_alive() const {
@@ -93,8 +125,8 @@ bool Block::arrive(Warp& warp, uint32_t id, uint32_t threads, bool waits) {
   } else if (barrier.expected != threads) {
     throw Fault("barrier " + std::to_string(id) + ": warps disagree on its thread count");
   }
-  barrier.known.join(warp.clock);
   warp.clock.next_epoch();
+  barrier.known.join(warp.clock);
   barrier.arrived += kLanes;
   if (barrier.expected != 0 && barrier.arrived > barrier.expected)
     throw Fault("barrier " + std::to_string(id) + ": more threads arrive than it expects");
@@ -122,17 +154,23 @@ void Block::complete_if_full(Barrier& barrier) {
 
 void Block::agree(Warp& warp, const WarpgroupStep& step) {
   const size_t group = static_cast<size_t>(warp.id) / 4;
-  if (4 * group + 4 > warps_.size()) throw Fault("wgmma: fewer than four warps in the warpgroup");
+  if (4 * group + 4 > warps_.size())
+    throw Fault(name_of(step) + ": fewer than four warps in the warpgroup");
   steps_.resize(warps_.size() / 4);
   std::vector<WarpgroupStep>& steps = steps_[group];
   const size_t mine = warp.products.steps++;
   if (mine == steps.size()) return steps.push_back(step);
   const WarpgroupStep& others = steps[mine];
   if (others.instruction != step.instruction)
-    throw Fault("wgmma: another warp of the warpgroup executed another one", -1, others.instruction,
-                "that one is");
+    throw Fault(name_of(step) + ": another warp of the warpgroup executed another one", -1,
+                others.instruction, "that one is");
   if (others != step)
     throw Fault("wgmma: warps of the warpgroup disagree on descriptors or scale-d");
+}
+
+std::string Block::name_of(const WarpgroupStep& step) const {
+  const std::string& text = launch.program.text[step.instruction];
+  return text.substr(0, text.find('.'));
 }
 
 void Block::vote(uint32_t id, uint32_t for_it, uint32_t threads) {

@@ -117,6 +117,7 @@ void add_async_copies(Opcodes&);
 void add_matrix(Opcodes&);
 void add_collectives(Opcodes&);
 void add_barriers(Opcodes&);
+void add_mbarriers(Opcodes&);
 void add_warpgroup(Opcodes&);
 
 }  // namespace ptxvm

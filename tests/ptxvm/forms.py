@@ -14,13 +14,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RECORD = HERE / "calibrated_forms.txt"
 BUILDS = [HERE.parents[1] / "build" / name for name in ("ptxvm", "cuda")]
-_STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+(?:::\w+)?)*)(?=\s|$)")
+_STATEMENT = re.compile(r"(?:@!?%?\w+\s+)?([a-z]\w*(?:\.\w+(?:::\w+)?)*)(?=\s|$)")
+_LABELS = re.compile(r"^(?:\s*[$\w]+:(?!:))*")
 
 
 def in_ptx(text: str) -> set[str]:
     """The forms of a PTX module: of its statements, not of its directives and declarations."""
     statements = re.split(r"[;{}]|^\s*\.loc[^\n]*$", re.sub(r"//[^\n]*", "", text), flags=re.M)
-    matches = (_STATEMENT.match(re.sub(r"\$\w+:", "", x).strip()) for x in statements)
+    matches = (_STATEMENT.match(_LABELS.sub("", x).strip()) for x in statements)
     return {match[1] for match in matches if match}
 
 

@@ -25,11 +25,9 @@ uint32_t who(const Accessor& by) {
 // `bytewise`: less than a cell is accessed, whose other byte may be another lane's.
 bool ordered(const Accessor& by, uint32_t other, bool bytewise) {
   const uint32_t thread = other & ((1 << kThreadBits) - 1), epoch = other >> kThreadBits;
-  const uint32_t warp = thread / kLanes;
-  if (static_cast<int>(warp) != by.clock.warp)
-    return epoch <= (by.clock.known[warp] & (~0u >> kThreadBits));
-  return epoch != (by.clock.now() & (~0u >> kThreadBits)) ||
-         static_cast<int>(thread % kLanes) == by.lane || bytewise;
+  if (epoch <= (by.clock.known[thread] & (~0u >> kThreadBits))) return true;
+  return static_cast<int>(thread / kLanes) == by.clock.warp &&
+         (static_cast<int>(thread % kLanes) == by.lane || bytewise);
 }
 
 std::string thread_name(uint32_t other) {
@@ -99,7 +97,7 @@ void GlobalRaces::check_readers(const Accessor& by, uint32_t block, const Page& 
   uint32_t racing = cell.read_who;
   bool race = !ordered(by, racing, bytewise);
   if ((cell.read_block & kSeveral) != 0) {
-    const size_t warps = by.clock.known.size();
+    const size_t warps = by.clock.whole.size();
     const uint32_t* readers = page.readers.data() + (&cell - page.cells) * warps;
     for (size_t warp = 0; warp < warps; ++warp) {
       const uint32_t other = readers[warp];
@@ -126,7 +124,7 @@ void GlobalRaces::set_reader(const Accessor& by, uint32_t block, Page& page, Cel
     cell.read_who = me;  // whoever is ordered after me is ordered after the other
     return;
   }
-  const size_t warps = by.clock.known.size();
+  const size_t warps = by.clock.whole.size();
   if (page.readers.empty()) page.readers.resize(kCellsPerPage * warps);
   uint32_t* readers = page.readers.data() + (&cell - page.cells) * warps;
   if ((cell.read_block & kSeveral) == 0) {

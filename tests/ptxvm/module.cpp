@@ -71,7 +71,9 @@ void add_kernel(Module& module, std::string_view head, std::string_view body) {
   while (length < name.size() && !is_space(name[length])) ++length;
   KernelText& kernel = module.kernels[std::string(name.substr(0, length))];
   if (open != head.npos) {
-    kernel.parameters = head.substr(open + 1, closing(head, open, '(', ')') - open - 2);
+    const size_t close = closing(head, open, '(', ')');
+    kernel.parameters = head.substr(open + 1, close - open - 2);
+    kernel.limits = head.substr(close);
   }
   kernel.body = body;
 }

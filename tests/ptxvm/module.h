@@ -16,6 +16,7 @@ namespace ptxvm {
 struct KernelText {
   std::string parameters;  // between the parentheses
   std::string body;        // between the braces
+  std::string limits;      // between both: .maxntid and the like
 };
 
 struct SharedVariable {

@@ -29,6 +29,7 @@ from typing import Any
 from virtual_gpu import VirtualGpu, same_mutants, without_consequence
 
 SMALL = {"RING_ATTENTION_PTXVM_SMEM": "99"}
+HOPPER = {"RING_ATTENTION_CPU": "ptx-sm90"}
 ATOMIC = {"RING_ATTENTION_CUDA_BACKWARD": "atomic"}
 # A block that executes so many times what the kernel did as compiled, all blocks together, will not
 # end. And never fewer: a kernel may have very little to do.
@@ -63,6 +64,9 @@ def forward(element: str, dims: str, shape: str, softcap: bool = False) -> str:
 TARGETS = {
     "forward-bf16": Target(forward("BFloat16", "64, 64", "4, 32"), "forward"),
     "forward-few": Target(forward("BFloat16", "64, 64", "2, 16"), "forward", rows=32),
+    "forward-hopper": Target(
+        forward("BFloat16", "64, 64", "192, 128"), "forward", environment=HOPPER
+    ),
     "forward-f16": Target(forward("Float16", "64, 64", "4, 32"), "forward", "float16"),
     "forward-softcap": Target(forward("BFloat16", "64, 64", "4, 32", True), "forward", softcap=3.0),
     "forward-narrow": Target(

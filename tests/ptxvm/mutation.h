@@ -25,7 +25,8 @@ const char* ptxvm_mutate(const char* kernel, uint64_t instruction, uint64_t seed
 void ptxvm_restore(const char* kernel);
 // The opcodes that any kernel has executed as compiled, with all their words, one a line.
 const char* ptxvm_executed_forms();
-// Instructions that the kernel has executed, as it is now, since it became so.
+// Instructions that the kernel has executed, as it is now, since it became so; without those that
+// ask an mbarrier whether a phase has ended.
 uint64_t ptxvm_executed(const char* kernel);
 // Blocks that execute more are ended as a livelock: mutants may never end.
 void ptxvm_limit_instructions(uint64_t of_a_block);

@@ -6,6 +6,7 @@
 
 #include <cctype>
 #include <charconv>
+#include <cstring>
 
 #include "decoder.h"
 #include "fault.h"
@@ -17,9 +18,10 @@ namespace {
 const Opcodes& opcodes() {
   static const Opcodes table = [] {
     Opcodes result;
-    for (auto add : {add_arithmetic, add_bits, add_floating, add_halves, add_conversions,
-                     add_comparisons, add_moves, add_control, add_memory, add_atomics,
-                     add_async_copies, add_matrix, add_collectives, add_barriers, add_warpgroup})
+    for (auto add :
+         {add_arithmetic, add_bits, add_floating, add_halves, add_conversions, add_comparisons,
+          add_moves, add_control, add_memory, add_atomics, add_async_copies, add_matrix,
+          add_collectives, add_barriers, add_mbarriers, add_warpgroup})
       add(result);
     return result;
   }();
@@ -188,6 +190,31 @@ class BodyParser {
   std::vector<InstructionUses> uses_;  // of each instruction
 };
 
+// All that a multiprocessor has for a thread: ".maxntid 384\n.minnctapersm 1".
+uint32_t registers_of(const std::string& limits) {
+  const auto limit = [&](const char* name) {
+    const size_t at = limits.find(name);
+    uint64_t product = 0;
+    if (at == limits.npos) return product;
+    const size_t begin = at + std::strlen(name);
+    product = 1;
+    for (std::string_view number :
+         split(std::string_view(limits).substr(begin, limits.find('.', begin) - begin), ',')) {
+      uint64_t value = 1;
+      parse_number(number, true, value);
+      product *= value;
+    }
+    return product;
+  };
+  if (const uint64_t registers = limit(".maxnreg"); registers != 0)
+    return static_cast<uint32_t>(registers);
+  const uint64_t threads = std::max(limit(".maxntid"), limit(".reqntid"));
+  if (threads == 0) return 0;
+  constexpr uint64_t kOfMultiprocessor = 65536, kMost = 256;
+  const uint64_t blocks = std::max<uint64_t>(limit(".minnctapersm"), 1);
+  return static_cast<uint32_t>(std::min(kOfMultiprocessor / (blocks * threads) / 8 * 8, kMost));
+}
+
 }  // namespace
 
 std::unique_ptr<Program> parse_kernel(const Module& module, const std::string& name) {
@@ -199,6 +226,7 @@ std::unique_ptr<Program> parse_kernel(const Module& module, const std::string& n
   auto program = std::make_unique<Program>();
   program->name = name;
   program->files = module.files;
+  program->registers_per_thread = registers_of(text.limits);
   BodyParser(module, text, *program).run();
   return program;
 }

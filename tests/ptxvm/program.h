@@ -96,6 +96,7 @@ struct Program {
   std::vector<SpecialRegister> specials;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
+  uint32_t registers_per_thread = 0;  // with which it starts, or 0: not known
   uint32_t static_shared_bytes = 0, dynamic_shared_begin = 0, local_bytes = 0;
 
   // "file:line (inlined at file:line)" of an instruction.

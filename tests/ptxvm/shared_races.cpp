@@ -38,37 +38,42 @@ void SharedRaces::clear() {
 // The slow path: the writer's epoch is later than what is settled, or it is of an earlier block.
 void SharedRaces::check_writer(const Accessor& by, uint32_t cell, bool subword, const char* what) {
   const uint32_t epoch = write_epoch_[cell], thread = write_thread_[cell] & kThread;
-  if (epoch <= base_) return;
-  const std::string writer = thread_name(thread);
+  if (epoch <= base_ || epoch <= by.clock.known[thread]) return;
   if (epoch == kInFlight)
     throw Fault(std::string("race in shared memory: ") + what +
-                    " the destination of a cp.async in flight, not waited for; copied by " + writer,
+                    " the destination of a cp.async in flight, not waited for; copied by " +
+                    thread_name(thread),
                 by.lane, write_instruction_[cell]);
-  const int warp = static_cast<int>(thread / kLanes);
-  if (warp != by.clock.warp) {
-    if (epoch > by.clock.known[warp])
-      throw Fault(std::string("race in shared memory: ") + what + " what " + writer +
-                      " wrote, no barrier between",
-                  by.lane, write_instruction_[cell]);
-  } else if (epoch == by.clock.now() && static_cast<int>(thread % kLanes) != by.lane) {
-    if (subword && (write_thread_[cell] & kSubword) != 0) return;
-    throw Fault(std::string("race in shared memory: ") + what + " what lane " +
-                    std::to_string(thread % kLanes) +
-                    " of the same warp wrote, no __syncwarp or barrier between",
+  if (epoch == kMbarrier)
+    throw Fault(std::string("shared memory: ") + what + " an mbarrier", by.lane,
+                write_instruction_[cell], "initialised");
+  if (static_cast<int>(thread / kLanes) != by.clock.warp)
+    throw Fault(std::string("race in shared memory: ") + what + " what " + thread_name(thread) +
+                    " wrote, no barrier between",
                 by.lane, write_instruction_[cell]);
-  }
+  if (static_cast<int>(thread % kLanes) == by.lane) return;
+  if (subword && (write_thread_[cell] & kSubword) != 0) return;
+  throw Fault(std::string("race in shared memory: ") + what + " what lane " +
+                  std::to_string(thread % kLanes) +
+                  " of the same warp wrote, no __syncwarp or barrier between",
+              by.lane, write_instruction_[cell]);
 }
 
 // Of a write that is ordered before.
 void SharedRaces::check_proxy(const Accessor& by, uint32_t cell) const {
-  const uint32_t epoch = write_epoch_[cell], warp = (write_thread_[cell] & kThread) / kLanes;
-  if (epoch <= base_ || by.clock.fences[warp] > write_fences_[cell] ||
-      by.clock.proxied[warp] >= epoch)
+  const uint32_t epoch = write_epoch_[cell], thread = write_thread_[cell] & kThread;
+  if (epoch <= base_ || by.clock.fences[thread / kLanes] > write_fences_[cell] ||
+      by.clock.proxied[thread] >= epoch)
     return;
-  throw Fault("race of proxies in shared memory: wgmma of what " +
-                  thread_name(write_thread_[cell] & kThread) +
+  throw Fault("race of proxies in shared memory: wgmma of what " + thread_name(thread) +
                   " wrote, no fence.proxy.async between",
               by.lane, write_instruction_[cell]);
+}
+
+bool SharedRaces::read_known(const WarpClock& clock, int warp, uint32_t epoch, uint32_t lane) {
+  if (epoch <= clock.whole[warp]) return true;
+  if (lane == kWholeWarp) return epoch <= clock.latest[warp];
+  return lane < kLanes && epoch <= clock.known[warp * kLanes + static_cast<int>(lane)];
 }
 
 void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword) {
@@ -79,16 +84,13 @@ void SharedRaces::check_readers(const Accessor& by, uint32_t cell, bool subword)
   for (int warp = 0; warp < warps_; ++warp) {
     const uint32_t last = read_[static_cast<size_t>(warp) * cells_ + cell];
     const uint32_t epoch = last >> kEpochShift;
-    if (epoch <= by.clock.settled || epoch <= base_) continue;
-    if (warp != by.clock.warp) {
-      if (epoch > by.clock.known[warp])
-        throw Fault("race in shared memory: write over what warp " + std::to_string(warp) +
-                        " may still be reading, no barrier between",
-                    by.lane);
-      continue;
-    }
-    const uint32_t lane = last & ((1 << kEpochShift) - 1);
-    if (epoch < by.clock.now() || lane == static_cast<uint32_t>(by.lane) || lane == kWholeWarp ||
+    const uint32_t lane = last & kLaneBits;
+    if (epoch <= base_ || read_known(by.clock, warp, epoch, lane)) continue;
+    if (warp != by.clock.warp)
+      throw Fault("race in shared memory: write over what warp " + std::to_string(warp) +
+                      " may still be reading, no barrier between",
+                  by.lane);
+    if (lane == static_cast<uint32_t>(by.lane) || lane == kWholeWarp ||
         (lane == kSubwordLane && subword))
       continue;
     throw Fault(
@@ -124,6 +126,7 @@ void SharedRaces::read(const Accessor& by, uint32_t offset, uint32_t bytes, Read
                                                       : static_cast<uint32_t>(by.lane);
   uint32_t* reads = read_.data() + static_cast<size_t>(by.clock.warp) * cells_;
   const uint32_t mine = by.clock.now() << kEpochShift;
+  const uint32_t unsynced = (by.clock.synced() + 1) << kEpochShift;
   const uint32_t end = (offset + bytes + 3) / 4;
   for (uint32_t cell = offset / 4; cell < end; ++cell) {
     // Ordered and of this block, in one comparison.
@@ -133,8 +136,8 @@ void SharedRaces::read(const Accessor& by, uint32_t offset, uint32_t bytes, Read
       check_writer(by, cell, subword, "load of");
     }
     const uint32_t last = reads[cell];
-    const bool another_lane = (last & ~63u) == mine && (last & 63) != lane && lane != kWholeWarp &&
-                              (last & 63) != kWholeWarp;
+    const bool another_lane = last >= unsynced && (last & kLaneBits) != lane &&
+                              lane != kWholeWarp && (last & kLaneBits) != kWholeWarp;
     reads[cell] = mine | (another_lane ? kSeveralLanes : lane);
   }
 }
@@ -175,7 +178,8 @@ void SharedRaces::end_copy(const Accessor& by, uint32_t offset, uint32_t bytes) 
 }
 
 void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {
-  uint32_t epoch = base_, warp = 0, fences = 0;  // of a write that was found to be in order
+  // Of a write that was found to be in order; none yet.
+  uint32_t epoch = kMbarrier - 1, warp = 0, fences = 0;
   for (uint32_t offset : offsets) {
     for (uint32_t cell = offset / 4; cell < offset / 4 + 4; ++cell) {
       const uint32_t writer = (write_thread_[cell] & kThread) / kLanes;
@@ -187,6 +191,10 @@ void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32
       }
       check_proxy(by, cell);
       if (write_epoch_[cell] <= base_) continue;
+      // Of all its warp's writes of that time: the same goes for the next cell.
+      if (write_epoch_[cell] > by.clock.whole[writer] ||
+          by.clock.fences[writer] <= write_fences_[cell])
+        continue;
       epoch = write_epoch_[cell];
       warp = writer;
       fences = write_fences_[cell];
@@ -195,6 +203,15 @@ void SharedRaces::begin_async_reads(const Accessor& by, const std::vector<uint32
     ++reads.in_flight;
     reads.instruction = by.instruction;
   }
+}
+
+void SharedRaces::begin_mbarrier(const Accessor& by, uint32_t offset) {
+  write(by, offset, 8);
+  for (uint32_t cell : {offset / 4, offset / 4 + 1}) write_epoch_[cell] = kMbarrier;
+}
+
+void SharedRaces::end_mbarrier(uint32_t offset) {
+  for (uint32_t cell : {offset / 4, offset / 4 + 1}) write_epoch_[cell] = 0;
 }
 
 void SharedRaces::end_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets) {

@@ -46,17 +46,22 @@ class SharedRaces {
   // proxy: see Note [proxies].
   void begin_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets);
   void end_async_reads(const Accessor& by, const std::vector<uint32_t>& offsets);
+  // 8 bytes become an mbarrier, which nobody may access otherwise, until the block has ended.
+  void begin_mbarrier(const Accessor& by, uint32_t offset);
+  void end_mbarrier(uint32_t offset);
 
  private:
-  // write_epoch_ while a copy is in flight: later than all epochs.
-  static constexpr uint32_t kInFlight = ~0u;
+  // write_epoch_ while a copy is in flight, and of an mbarrier: later than all epochs.
+  static constexpr uint32_t kInFlight = ~0u, kMbarrier = ~0u - 1;
   // read_: epoch * 64 + the lane, or
-  static constexpr uint32_t kEpochShift = 6;
+  static constexpr uint32_t kEpochShift = 6, kLaneBits = (1 << kEpochShift) - 1;
   static constexpr uint32_t kSeveralLanes = 32, kWholeWarp = 33, kSubwordLane = 34;
 
   void check_writer(const Accessor& by, uint32_t cell, bool subword, const char* what);
   void check_proxy(const Accessor& by, uint32_t cell) const;
   void check_readers(const Accessor& by, uint32_t cell, bool subword);
+  // Whether a warp's last read, if it is of so many lanes, is ordered before.
+  static bool read_known(const WarpClock& clock, int warp, uint32_t epoch, uint32_t lane);
   // Whether all reads of the cells [begin, end) are ordered before, whoever made them.
   bool reads_settled(const Accessor& by, uint32_t begin, uint32_t end) const;
   void set_writer(const Accessor& by, uint32_t cell, uint32_t flags);
@@ -88,7 +93,8 @@ class SharedRaces::Reads {
         reads_(races.read_.data() + static_cast<size_t>(clock.warp) * races.cells_),
         first_(races.base_ + 1),
         span_(clock.settled - races.base_),
-        mine_(clock.now() << kEpochShift) {}
+        mine_(clock.now() << kEpochShift),
+        unsynced_((clock.synced() + 1) << kEpochShift) {}
 
   // ld
   void lane(int lane, uint32_t offset, uint32_t bytes) {
@@ -96,7 +102,8 @@ class SharedRaces::Reads {
     const uint32_t me = mine_ | static_cast<uint32_t>(lane), end = (offset + bytes) / 4;
     for (uint32_t cell = offset / 4; cell < end; ++cell) {
       const uint32_t last = reads_[cell];
-      const bool another_lane = last >= mine_ && last != me && last != (mine_ | kWholeWarp);
+      const bool another_lane =
+          last >= unsynced_ && ((last ^ me) & kLaneBits) != 0 && (last & kLaneBits) != kWholeWarp;
       reads_[cell] = another_lane ? mine_ | kSeveralLanes : me;
     }
   }
@@ -130,7 +137,7 @@ class SharedRaces::Reads {
   const uint32_t instruction_;
   const uint32_t* const written_;
   uint32_t* const reads_;
-  const uint32_t first_, span_, mine_;
+  const uint32_t first_, span_, mine_, unsynced_;
 };
 
 }  // namespace ptxvm

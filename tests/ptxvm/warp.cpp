@@ -18,7 +18,8 @@ void Warp::start(uint32_t base_epoch) {
   alive_ = threads >= kLanes ? kAllLanes : (LaneMask{1} << threads) - 1;
   converged_ = true;
   pc_ = 0;
-  parked_ = at_warp_barrier_ = barrier_members_ = 0;
+  parked_ = at_warp_barrier_ = awaiting_ = barrier_members_ = 0;
+  registers = program_.registers_per_thread;
   stuck_ = awaits_votes = false;
   copies_.clear();
   products.start(program_.watched.size());
@@ -43,6 +44,7 @@ LaneMask Warp::select() {
   for_lanes(alive_, [&](int lane) { here |= static_cast<LaneMask>(pcs_[lane] == pc_) << lane; });
   parked_ &= ~here;
   at_warp_barrier_ &= ~here;
+  awaiting_ &= ~here;
   converged_ = here == alive_;
   return here;
 }
@@ -61,6 +63,10 @@ void Warp::advance(LaneMask lanes, uint32_t target) {
 }
 
 void Warp::step() {
+  if (awaiting_ != 0 && (alive_ & ~parked_) == 0) {
+    state = State::kAwaiting;
+    return;
+  }
   const LaneMask here = select();
   const Instruction& instruction = program_.code[pc_];
   const LaneMask lanes =
@@ -127,6 +133,19 @@ bool Warp::gathered_at_barrier(LaneMask lanes) {
                 first_lane(lanes));
   parked_ |= lanes;
   return false;
+}
+
+Flow Warp::await(LaneMask lanes, uint32_t mbarrier) {
+  parked_ |= lanes;
+  awaiting_ |= lanes;
+  awaited_ = mbarrier;
+  return Flow::kRetry;
+}
+
+void Warp::wake() {
+  parked_ &= ~awaiting_;
+  awaiting_ = 0;
+  if (state == State::kAwaiting) state = State::kRunnable;
 }
 
 Flow Warp::warp_barrier(LaneMask members, LaneMask lanes) {

@@ -45,7 +45,7 @@ struct AsyncCopy {
 
 class Warp {
  public:
-  enum class State : uint8_t { kRunnable, kAtBarrier, kDone };
+  enum class State : uint8_t { kRunnable, kAtBarrier, kAwaiting, kDone };
 
   Warp(Block& block, int id);
 
@@ -84,6 +84,12 @@ class Warp {
   // one came must come, and none may leave in between.
   bool gathered_at_barrier(LaneMask lanes);
   void require_whole_warp(LaneMask lanes, const char* what) const;
+  // These lanes wait for what another warp, or other lanes, may do: an mbarrier's phase to end, or
+  // registers to come free. They execute the instruction again after the next wake().
+  Flow await(LaneMask lanes, uint32_t mbarrier);
+  void wake();
+  static constexpr uint32_t kRegisters = ~0u;
+  uint32_t awaited() const { return awaited_; }  // the last one: an mbarrier's offset or kRegisters
 
   // The lane's memory in the .local space.
   uint8_t* local(int lane) { return local_.data() + static_cast<size_t>(lane) * local_bytes_; }
@@ -105,6 +111,7 @@ class Warp {
   // bar.red is executed again when the barrier is complete, for the votes.
   bool awaits_votes = false;
   Votes votes;
+  uint32_t registers = 0;  // of each lane, see setmaxnreg
 
   uint32_t pc() const { return pc_; }
   LaneMask alive() const { return alive_; }
@@ -124,6 +131,8 @@ class Warp {
   uint32_t pcs_[kLanes]{};  // by lane, when diverged
   LaneMask parked_ = 0;     // lanes that wait at a .sync instruction for others of the warp
   LaneMask at_warp_barrier_ = 0;
+  LaneMask awaiting_ = 0;  // of those parked, who wait for another warp
+  uint32_t awaited_ = 0;
   bool stuck_ = false;  // all lanes are parked
   LaneMask barrier_members_ = 0;
   std::vector<AsyncCopy> copies_;

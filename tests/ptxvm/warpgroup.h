@@ -20,7 +20,7 @@ namespace ptxvm {
 
 class Warp;
 
-// A wgmma instruction, as all warps of the warpgroup must execute it.
+// A wgmma or setmaxnreg, as all warps of the warpgroup must execute it.
 struct WarpgroupStep {
   uint32_t instruction;
   uint64_t a = 0, b = 0;  // descriptors
@@ -53,7 +53,7 @@ class ProductsInFlight {
   void wait(uint32_t pending);
   bool in_flight() const { return !products_.empty(); }
 
-  size_t steps = 0;  // wgmma instructions executed, by Block::agree
+  size_t steps = 0;  // WarpgroupSteps so far, by Block::agree
 
  private:
   struct Register {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// wgmma and fence.proxy.async, of sm_90a. See Note [wgmma]; shared-memory descriptors and fragments
-// as in the PTX manual, 9.7.15.
+// wgmma, setmaxnreg and fence.proxy.async, of sm_90a. See Note [wgmma]; shared-memory descriptors
+// and fragments as in the PTX manual, 9.7.15.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -252,6 +252,26 @@ bool wgmma(Decoder& d) {
   return together(d, [](ProductsInFlight& products, uint32_t n) { products.wait(n); });
 }
 
+// immediate: registers; elements: whether these are more.
+Flow run_setmaxnreg(Warp& warp, const Instruction& in, LaneMask lanes) {
+  warp.require_whole_warp(lanes, "setmaxnreg");
+  if (!warp.block.set_registers(warp, static_cast<uint32_t>(in.immediate), in.elements != 0))
+    return warp.await(lanes, Warp::kRegisters);
+  warp.block.agree(warp, {warp.pc()});
+  return Flow::kNext;
+}
+
+bool setmaxnreg(Decoder& d) {
+  const bool more = d.word(1) == "inc";
+  if (d.words().size() != 5 || (!more && d.word(1) != "dec") || d.word(2) != "sync" ||
+      d.word(3) != "aligned" || d.word(4) != "u32")
+    return false;
+  d.instruction.immediate = static_cast<int32_t>(d.number(0));
+  d.instruction.elements = more ? 1 : 0;
+  d.instruction.run = run_setmaxnreg;
+  return true;
+}
+
 // By all lanes that there are: one by fewer orders nothing here, which is stricter than the device.
 bool fence_proxy(Decoder& d) {
   if (d.word(1) != "proxy" || d.word(2) != "async" || d.words().size() > 4) return false;
@@ -267,6 +287,7 @@ bool fence_proxy(Decoder& d) {
 
 void add_warpgroup(Opcodes& opcodes) {
   opcodes["wgmma"].push_back(wgmma);
+  opcodes["setmaxnreg"].push_back(setmaxnreg);
   opcodes["fence"].push_back(fence_proxy);
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The row "ptx-sm80" of the ISA table: the launchers of csrc/cuda, on host memory, through the
-// virtual GPU. Kernels may touch what the params point at and nothing else. float64, which CUDA has
-// no kernels for, goes to the portable row.
+// The rows "ptx-sm80" and "ptx-sm90" of the ISA table: the launchers of csrc/cuda, on host memory,
+// through the virtual GPU, an A100 or an H100 as far as they ask. Kernels may touch what the params
+// point at and nothing else. float64, which CUDA has no kernels for, goes to the portable row.
 //
 //   RING_ATTENTION_PTXVM_SEED   the order of blocks, warps and steps; 1 when unset
-//   RING_ATTENTION_PTXVM_SMEM   KiB of shared memory a block may have; 163 when unset
+//   RING_ATTENTION_PTXVM_SMEM   KiB of shared memory a block may have; 163 or 227 when unset
 //   RING_ATTENTION_PTXVM_STATISTICS   a file that is told at the end what each kernel executed
 //   RING_ATTENTION_CUDA_BACKWARD=atomic   the backward whose dq is added up by atomics
 #include "cpu/isa_ptx.h"
@@ -19,13 +19,14 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "../vm.h"
 #include "cpu/isa.h"
 #include "cuda/launch.h"
 #include "cuda/settings.h"
 
-namespace ring_attention::cpu::ptx_sm80 {
+namespace ring_attention::cpu::ptx {
 namespace {
 
 // The virtual GPU is one, and virtual ranks are threads.
@@ -41,14 +42,20 @@ void write_statistics() {
   std::ofstream file(std::getenv("RING_ATTENTION_PTXVM_STATISTICS"));
   for (const auto& [kernel, x] : ptxvm::statistics()) {
     file << kernel << ' ' << x.threads << ' ' << x.shared_bytes << ' ' << x.instructions << ' '
-         << x.mma << ' ' << x.shared_passes << ' ' << x.bank_conflicts << '\n';
+         << x.mma + x.wgmma << ' ' << x.shared_passes << ' ' << x.bank_conflicts << '\n';
   }
 }
 
 void set_up() {
   static const bool once = [] {
     ptxvm::Device device;
-    device.smem_optin_bytes = static_cast<int>(setting("RING_ATTENTION_PTXVM_SMEM", 163)) * 1024;
+    long smem_kib = 163;
+    if (isa().name == std::string_view(kHopper)) {
+      device = {.sm_count = 132, .compute_major = 9, .compute_minor = 0};
+      smem_kib = 227;
+    }
+    smem_kib = setting("RING_ATTENTION_PTXVM_SMEM", smem_kib);
+    device.smem_optin_bytes = static_cast<int>(smem_kib) * 1024;
     ptxvm::set_device(device);
     ptxvm::set_seed(static_cast<uint64_t>(setting("RING_ATTENTION_PTXVM_SEED", 1)));
     if (std::getenv("RING_ATTENTION_PTXVM_STATISTICS") != nullptr) {
@@ -238,4 +245,4 @@ void sink_gradient(DType state, const void* sinks, const void* lse, const void* 
                                  batch, heads, q_len, nullptr));
 }
 
-}  // namespace ring_attention::cpu::ptx_sm80
+}  // namespace ring_attention::cpu::ptx

@@ -15,8 +15,9 @@ namespace unit {
 
 struct Case {
   std::string name;
-  void (*run)();      // throws, or leaves a launch's fault behind
-  std::string fault;  // part of the expected report; "": none
+  void (*run)();  // throws, or leaves a launch's fault behind
+  // Part of the expected report, or several, | between, of which it must have one; "": none.
+  std::string fault;
 };
 
 std::vector<Case>& cases();
