@@ -28,10 +28,10 @@ struct PanelLayout {
   // From a chunk of the first panel to that of its place in the panel of chunk `chunk`.
   static constexpr RA_DEVICE uint32_t panel(int chunk) { return chunk / kGroup * kPanelBytes; }
 
-  // Zeros for a row; threads may do the same.
-  static RA_DEVICE void clear(uint32_t tile, int row) {
+  // Zeros for every `step`-th chunk of a row, from `first` on.
+  static RA_DEVICE void clear(uint32_t tile, int row, int first = 0, int step = 1) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = first; chunk < kChunks; chunk += step) {
       store_shared(tile + offset(row, chunk), make_uint4(0, 0, 0, 0));
     }
   }

@@ -42,7 +42,10 @@ class TileQueue {
 
   // ---- The reading side: wait(); read tile(); release(), when this warp's products are over.
 
-  RA_DEVICE void wait() const { mbarrier_wait(loaded(), parity_); }
+  RA_DEVICE void wait() const {
+    mbarrier_wait(loaded(), parity_);
+    __syncwarp();  // what a lane has seen, all have
+  }
   RA_DEVICE void wait_for_next() const {
     TileQueue next = *this;
     next.advance();

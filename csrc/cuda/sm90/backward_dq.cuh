@@ -86,11 +86,12 @@ class DqLoader {
   // by dS = 0. A key to a warp, some rows to a lane.
   RA_DEVICE void clear_unseen(const Walk& walk, uint32_t k_tile) const {
     constexpr int kWarps = WarpRoles::kLoaders / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const KeyInterval* rows = call_.intervals_of(walk.run(call_), tile_.sample) + tile_.row;
     KeyInterval seen[Tile::kRows / 32];
 #pragma unroll
     for (int i = 0; i < Tile::kRows / 32; ++i) {
-      seen[i] = rows[32 * i + static_cast<int>(threadIdx.x) % 32];
+      seen[i] = rows[32 * i + lane];
     }
     named_barrier(1, WarpRoles::kLoaders);                           // all keys have arrived
     const int end = min(walk.range.end - walk.key, Tile::kPassing);  // those behind are zeros
@@ -98,7 +99,7 @@ class DqLoader {
       bool any = false;
 #pragma unroll
       for (int i = 0; i < Tile::kRows / 32; ++i) any |= seen[i].has(walk.key + key);
-      if (!__any_sync(kAllLanes, any)) Tile::Stream::clear(k_tile, key);
+      if (!__any_sync(kAllLanes, any)) Tile::Stream::clear(k_tile, key, lane, 32);
     }
   }
 
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
   const bool more = walk.next(call, tile);
   if (!more && call.dq_parts == 1) return;
   const DqLoader<Tile> loader(call, smem, tile);
-  loader.start_queries();
+  if (more) loader.start_queries();
   smem.init_barriers();
   __syncthreads();
   if (threadIdx.x >= Tile::kRoles.readers) {

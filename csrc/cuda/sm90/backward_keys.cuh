@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Tile::kRoles.threads, 1)
   const bool more = walk.next(call, tile);
   if (!more && call.head_parts * call.row_parts == 1) return;
   const KeysLoader<Tile> loader(call, smem, tile);
-  loader.start_keys();
+  if (more) loader.start_keys();
   smem.init_barriers();
   __syncthreads();
   if (threadIdx.x >= Tile::kRoles.readers) {
