@@ -82,7 +82,7 @@ DEVICES: dict[str, Device] = {
         # FlashAttention-3 (Shah et al., 2024), figures 5 and 6: 648 forward, about 560 backward.
         _gpu("H100", 648e12, 560e12, 80, 3.35),
         # One running our kernels, as measured (benchmarks/README.md): 8,192 tokens, 16 heads.
-        _gpu("H100-sm80", 359e12, 196e12, 80, 3.35),
+        _gpu("H100-sm90", 593e12, 406e12, 80, 3.35),
         # The same processor with other memory.
         _gpu("H200", 648e12, 560e12, 141, 4.8),
         # FlashAttention-4 (2026): up to 1,613 forward; backward assumed to be 70% of it.
