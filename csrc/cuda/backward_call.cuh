@@ -42,7 +42,7 @@ struct BackwardCall {
   float* dq;
   const float *lse, *delta;
 
-  // Written by the kernels of backward_rows.cu, read by the others.
+  // Written by the kernels of backward_rows.cuh, read by the others.
   // [batch, heads, padded]. lse in log2 units, in two parts, +inf for a row that saw nothing, so
   // that its P is 0; and what the sums of dP begin with.
   float *row_lse, *row_lse_low, *minus_delta;

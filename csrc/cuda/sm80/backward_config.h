@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The backward kernels on one page: tiles, what lies in shared memory, what a launch is told.
+// The backward kernels on one page: tiles, and what lies in shared memory.
 //
 // Note [two kernels]. dQ is summed by tiles of query rows that walk over keys (backward_dq.cuh), dK
 // and dV by tiles of keys that walk over query rows (backward_keys.cuh). Both recompute the scores,

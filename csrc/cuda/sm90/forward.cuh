@@ -15,8 +15,8 @@
 //                 O += P V of the last one
 //   (O, m, l) += the carried state or the sink;  write the state, or out = O / l and lse
 //
-// Products run beside the softmax: of the same rows, as above, and of another warpgroup's, which
-// softens its own scores meanwhile. Rows: forward_rows.cuh.
+// Products run beside the softmax: beside that of the same rows, as above, and beside that of other
+// warpgroups. Rows: forward_rows.cuh.
 //
 // Memory: see SharedMemoryPlan. Global memory: none beside the tensors and the parts.
 #pragma once
