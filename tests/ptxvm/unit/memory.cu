@@ -19,9 +19,14 @@ __global__ void through_shared(const uint32_t* in, uint32_t* out) {
   __shared__ alignas(16) uint32_t stage[4 * 32];
   uint32_t a[4], b[4];
   const unsigned at = shared_address(stage + 4 * threadIdx.x);
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "l"(in + 4 * threadIdx.x));
+  if (kWrite == Way::kPairs)
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%4]; ld.global.v2.u32 {%2, %3}, [%4+8];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "l"(in + 4 * threadIdx.x));
+  else
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "l"(in + 4 * threadIdx.x));
   const uint64_t low = uint64_t{a[1]} << 32 | a[0], high = uint64_t{a[3]} << 32 | a[2];
   if (kWrite == Way::kQuadBits)
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a[0]), "r"(a[1]),
