@@ -10,7 +10,8 @@
 namespace ring_attention::cuda {
 
 // RING_ATTENTION_CUDA_BACKWARD: "deterministic", as when unset, or "atomic": one kernel instead of
-// two, whose dq is added up by atomics and so differs in its last bits from run to run.
+// two, whose dq is added up by atomics and so differs in its last bits from run to run. Hopper's
+// own kernels have no such variant and are what runs there either way, but with a softcap.
 inline bool deterministic_backward() {
   static const bool deterministic = [] {
     const char* variable = std::getenv("RING_ATTENTION_CUDA_BACKWARD");

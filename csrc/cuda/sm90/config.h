@@ -19,8 +19,8 @@ struct ForwardShape {
 // Three warpgroups where registers hold their sums and enough keys, else two. As measured on an
 // H100 (8,192 tokens, 16 heads, TFLOP/s full and causal), rows x keys: head dim 64 192 x 128 420
 // and 360, 256 x 64 424 and 307, 128 x 128 359 and 305; 96 192 x 96 520 and 461, 128 x 128 516 and
-// 434; 128 128 x 128 620 and 531, 192 x 80 583 and 522; 192/128 128 x 128 693, x 96 665; 192 128 x
-// 96 684, x 80 664; 256 128 x 80 738, x 64 722.
+// 434; 128 128 x 128 597 and 526, 192 x 80 583 and 522 (the same run; 620 and 531 in another);
+// 192/128 128 x 128 693, x 96 665; 192 128 x 96 684, x 80 664; 256 128 x 80 738, x 64 722.
 template <int kQkDim, int kVDim>
 constexpr ForwardShape forward_shape() {
   if (kQkDim <= 64) return {.rows = 192, .keys = 128, .stages = 2};
